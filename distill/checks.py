@@ -1,0 +1,180 @@
+"""Whether student, teacher, objective and training arguments go together, asked beforehand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+)
+
+from kronbert.distill import layer_maps
+from kronbert.distill.objectives import Objective
+from kronbert.errors import DistillError
+
+# Equal vocabularies that lower-case or strip accents differently give other ids for this.
+_PROBE = "Kronecker's Ünïted products, 12.5 % of naïve BERT"
+
+_MLM_HEADS = {
+    name
+    for names in (MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_PRETRAINING_MAPPING_NAMES)
+    for name in names.values()
+}
+
+
+def check_pair(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    objective: Objective,
+    tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+) -> None:
+    """Raise `DistillError` if this student cannot learn this objective from this teacher."""
+    if "mlm" in objective.taps and type(student).__name__ not in _MLM_HEADS:
+        raise DistillError(
+            f"the objective has the term 'mlm', but {type(student).__name__} has no masked-LM "
+            "head. Load the student with AutoModelForMaskedLM, or drop the term."
+        )
+    if not objective.teacher_taps:
+        return
+    if teacher is None:
+        raise DistillError(
+            f"the terms {', '.join(sorted(objective.teacher_taps))} need a teacher: pass "
+            "teacher=, or train on labels."
+        )
+    _check_apart(student, teacher)
+    _check_vocabulary(student, teacher, tokenizer, teacher_tokenizer)
+    _check_sizes(student, teacher, objective)
+    if "logits" in objective.taps:
+        _check_labels(student, teacher, objective)
+
+
+def supervised_layers(
+    student: nn.Module, teacher: nn.Module, objective: Objective
+) -> tuple[int, ...]:
+    """The resolved layer map; empty if no term reads layers."""
+    if not {"scores", "ffn"} & objective.taps:
+        return ()
+    depths = [_size(model, "num_hidden_layers") for model in (student, teacher)]
+    return layer_maps.resolve(objective.layer_map, *depths)
+
+
+def check_arguments(args: TrainingArguments, objective: Objective, compute_loss_func: Any) -> None:
+    """Refuse training arguments that a distillation loss would ignore or break."""
+    if args.label_smoothing_factor:
+        raise DistillError(
+            f"label_smoothing_factor={args.label_smoothing_factor}: the labels term is the "
+            "student's own loss. Set it to 0; a logits term with loss='kl' softens the labels."
+        )
+    if compute_loss_func is not None:
+        raise DistillError(
+            "compute_loss_func: DistillTrainer's loss is its objective. Write it as terms, or use "
+            "transformers' Trainer."
+        )
+    if args.torch_compile:
+        raise DistillError(
+            "torch_compile=True: the taps are forward hooks, which a compiled model skips. Set "
+            "torch_compile=False."
+        )
+    if args.n_gpu > 1:
+        raise DistillError(
+            f"{args.n_gpu} GPUs in one process: DataParallel's threads would share the taps. Start "
+            "one process per GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES."
+        )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of the vocabulary, the special tokens, and the ids of one accented sentence."""
+    content = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted(tokenizer.all_special_ids),
+        tokenizer(_PROBE)["input_ids"],
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    theirs = {id(p) for p in teacher.parameters()}
+    shared = next((name for name, p in student.named_parameters() if id(p) in theirs), None)
+    if shared is not None:
+        raise DistillError(
+            f"student and teacher share the parameter {shared!r}: training one would change the "
+            "other. Pass copy.deepcopy(teacher), or convert without inplace=True."
+        )
+
+
+def _check_vocabulary(
+    student: nn.Module, teacher: nn.Module, tokenizer: Any, teacher_tokenizer: Any
+) -> None:
+    if hasattr(tokenizer, "get_vocab") and hasattr(teacher_tokenizer, "get_vocab"):
+        if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(teacher_tokenizer):
+            raise DistillError(
+                f"student and teacher have different tokenizers ({type(tokenizer).__name__} of "
+                f"{len(tokenizer)} tokens, {type(teacher_tokenizer).__name__} of "
+                f"{len(teacher_tokenizer)}): the same ids mean other words. Distil from a teacher "
+                "with the student's tokenizer."
+            )
+        return
+    for key in ("vocab_size", "image_size", "patch_size"):
+        mine, theirs = (getattr(model.config, key, None) for model in (student, teacher))
+        if mine != theirs:
+            raise DistillError(
+                f"student and teacher read different inputs: {key} is {mine} for the student, "
+                f"{theirs} for the teacher. Distil from a teacher with the student's tokenizer or "
+                "image size."
+            )
+
+
+def _check_sizes(student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
+    wide = sorted(objective.taps & {"embedding", "ffn"})
+    if wide:
+        mine, theirs = (_size(model, "hidden_size") for model in (student, teacher))
+        if mine != theirs:
+            raise DistillError(
+                f"the terms {' and '.join(wide)} compare hidden states, but the student is {mine} "
+                f"wide and the teacher {theirs}. Use the terms logits and labels only, or a "
+                f"teacher {mine} wide."
+            )
+    if "scores" in objective.taps:
+        mine, theirs = (_size(model, "num_attention_heads") for model in (student, teacher))
+        if mine != theirs:
+            raise DistillError(
+                f"the term scores compares head by head, but the student has {mine} heads and the "
+                f"teacher {theirs}. Drop the term, or take a teacher with {mine} heads."
+            )
+
+
+def _check_labels(student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
+    if type(student).__name__ in _MLM_HEADS:
+        return
+    mine, theirs = (_size(model, "num_labels") for model in (student, teacher))
+    if mine != theirs:
+        raise DistillError(
+            f"the term logits needs as many labels on both sides: the student has {mine}, the "
+            f"teacher {theirs}. Load the student with num_labels={theirs}, or drop the term."
+        )
+    if mine == 1 and any(t.loss == "kl" for t in objective.active):
+        raise DistillError("Term(tap='logits', loss='kl') of one output is always 0: use 'mse'.")
+    named: list[list[str]] = []
+    for model in (student, teacher):
+        id2label: Any = getattr(model.config, "id2label", None) or {}
+        named.append([id2label.get(i, "") for i in range(mine)])
+    if named[0] != named[1] and sorted(named[0]) == sorted(named[1]):
+        raise DistillError(
+            f"the same labels in another order: student {named[0]}, teacher {named[1]}. Reorder "
+            "the student's id2label and the data's label ids."
+        )
+
+
+def _size(model: nn.Module, key: str) -> int:
+    value = getattr(model.config, key, None)
+    if not isinstance(value, int):
+        raise DistillError(
+            f"{type(model.config).__name__} has no {key}: use the terms logits and labels only."
+        )
+    return value

@@ -1,0 +1,314 @@
+"""Loads a task (GLUE from a folder or the hub, or any folder of tables) and tokenises it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from kronbert.distill.tasks import Task, compute_metrics, get_task
+from kronbert.distill.text import FORMATS, FORMATS_IN_WORDS, PACKED, Table, kind_of, read_table
+from kronbert.errors import DataError
+
+__all__ = ["TaskData", "compute_metrics", "load_folder", "load_task", "tokenize"]
+
+TRAIN, DEV, TEST = ("train",), ("dev", "validation", "valid", "val"), ("test",)
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("text1", "text2"), ("question", "sentence"), ("sentence",), ("text",), ("review",),
+    ("question",), ("content",),
+)  # fmt: skip
+LABEL_COLUMNS = ("label", "score", "labels", "target", "class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """Rows with the task's text columns and its label column (class index, or float).
+
+    source: the files or the hub data set that the rows come from, for a report to name."""
+
+    task: Task
+    train: datasets.Dataset
+    validation: dict[str, datasets.Dataset]
+    source: str
+
+
+def _split_files(folder: Path, words: tuple[str, ...]) -> list[Path]:
+    """Files whose name is one of ``words``, or goes on after it with no letter."""
+    pattern = re.compile(rf"({'|'.join(words)})(?![a-z]).*", re.IGNORECASE)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and pattern.fullmatch(p.name))
+    return [p for p in files if kind_of(p) in FORMATS]
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(kind_of(path) + (path.suffix if path.suffix in PACKED else ""))]
+
+
+def _one_set(folder: Path, files: list[Path]) -> list[Path]:
+    """The shards of one set; refuses two sets, for nobody said which is meant."""
+    sets = {re.sub(r"-\d{5}-of-\d{5}$", "/", _stem(p)) for p in files}
+    if len(files) > 1 and not (len(sets) == 1 and sets.pop().endswith("/")):
+        raise DataError(
+            f"{folder}: {', '.join(p.name for p in files)}: which one is meant? "
+            "Leave one of them in the folder, or rename the others."
+        )
+    return files
+
+
+def _files(folder: Path, splits: tuple[str, ...]) -> tuple[list[Path], dict[str, list[Path]]]:
+    """Training files, and files per dev set; before anything is read."""
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder. Expected train.* and dev.* ({FORMATS_IN_WORDS})."
+        )
+    names = [p.name for p in sorted(folder.iterdir())]
+    found = f"It holds {', '.join(names[:8])}." if names else "It is empty."
+    train = _one_set(folder, _split_files(folder, TRAIN))
+    if not train:
+        raise DataError(f"{folder}: no train.* file ({FORMATS_IN_WORDS}). {found}")
+    dev = _split_files(folder, DEV) or _split_files(folder, TEST)
+    if not dev:
+        raise DataError(
+            f"{folder}: no dev.*, validation.* or test.* file ({FORMATS_IN_WORDS}), so there is "
+            f"nothing to measure on. {found} Put some hundred rows of train aside as dev."
+        )
+    if len(splits) == 1:
+        return train, {splits[0]: _one_set(folder, dev)}
+    # validation_matched <- dev_matched.tsv, validation_matched-00000-of-00001.parquet, ...
+    sets = {
+        s: [p for p in dev if s.split("_")[1] in re.split(r"[^a-z]+", _stem(p))] for s in splits
+    }
+    if not any(sets.values()):
+        wanted = ", ".join(f"dev_{s.split('_')[1]}.*" for s in splits)
+        raise DataError(f"{folder}: expected at least one of {wanted}. {found}")
+    return train, {s: _one_set(folder, files) for s, files in sets.items() if files}
+
+
+def _dataset(tables: list[Table], task: Task) -> datasets.Dataset:
+    """The task's columns, labels encoded, of one set."""
+    columns: dict[str, list[Any]] = {name: [] for name in (*task.text, task.label)}
+    for table in tables:
+        for name in task.text:
+            values = table.columns[table.column(name)]
+            for row, value in enumerate(values):
+                if not isinstance(value, str):
+                    raise DataError(
+                        f"{table.where(row)}: column {name!r} is {value!r}: expected text."
+                    )
+            columns[name] += values
+        label = table.column(task.label, *task.label_aliases)
+        for row, value in enumerate(table.columns[label]):
+            code = task.encode(value)
+            if code is None:
+                expected = ", ".join(task.labels) if task.labels else "a finite number"
+                raise DataError(
+                    f"{table.where(row)}: unknown label {value!r} in column {label!r}: expected "
+                    f"{expected}. Correct or remove the row."
+                )
+            columns[task.label].append(code)
+    return datasets.Dataset.from_dict(columns, features=_features(task))
+
+
+def _features(task: Task) -> datasets.Features:
+    label = datasets.Value("float32") if task.labels is None else datasets.Value("int64")
+    return datasets.Features({n: datasets.Value("string") for n in task.text} | {task.label: label})
+
+
+def _limited(data: TaskData, limit: int | None, dev: int | None, seed: int) -> TaskData:
+    def cut(rows: datasets.Dataset, most: int | None, name: str) -> datasets.Dataset:
+        if most is None or most >= len(rows):
+            return rows
+        if most < 1:
+            raise DataError(f"limit={most}: expected a number of rows, 1 or more.")
+        notes.append(f"{most} of {len(rows)} {name} rows, seed {seed}")
+        return rows.shuffle(seed=seed).select(range(most))
+
+    notes: list[str] = []
+    train = cut(data.train, limit, "train")
+    validation = {name: cut(rows, dev, name) for name, rows in data.validation.items()}
+    source = "; ".join([data.source, *notes])
+    return replace(data, train=train, validation=validation, source=source)
+
+
+def _from_files(task: Task, folder: Path, tables: list[Table] | None = None) -> TaskData:
+    """tables: the training files, where they have been read already."""
+    train_files, dev_files = _files(folder, task.splits)
+    source = f"{folder.name}/" + ", ".join(p.name for p in sum(dev_files.values(), train_files))
+    train = _dataset(tables or [read_table(p) for p in train_files], task)
+    validation = {s: _dataset([read_table(p) for p in ps], task) for s, ps in dev_files.items()}
+    return TaskData(task=task, train=train, validation=validation, source=source)
+
+
+def _from_hub(task: Task) -> TaskData:
+    if task.hub is None:
+        raise DataError(f"task {task.name!r} is not on the hub: pass --data-dir (data_dir=...).")
+    try:
+        loaded = datasets.load_dataset(task.hub, task.hub_config)
+    except Exception as error:  # the client raises its own, httpx's, OSError and ValueError
+        raise DataError(
+            f"task {task.name!r}: {task.hub} could not be had from the Hugging Face hub ({error}). "
+            f"Without network, pass --data-dir (data_dir=...): a folder that holds {task.name}/ "
+            "with train.* and dev.* files."
+        ) from error
+
+    def columns(split: str) -> datasets.Dataset:
+        rows = loaded.get(split, {})
+        missing = {*task.text, task.label} - set(getattr(rows, "column_names", ()))
+        if missing:
+            raise DataError(f"{task.hub}: no split {split!r} with columns {sorted(missing)}.")
+        names = getattr(rows.features[task.label], "names", None)
+        if task.labels and names and tuple(names) != task.labels:
+            raise DataError(f"{task.hub}: labels {names}, but {task.name!r} has {task.labels}.")
+        return rows.select_columns([*task.text, task.label]).cast(_features(task))
+
+    return TaskData(
+        task=task,
+        train=columns("train"),
+        validation={split: columns(split) for split in task.splits},
+        source=f"Hugging Face hub: {task.hub} ({task.hub_config})",
+    )
+
+
+def load_task(
+    task: str | Path | Task,
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    limit_validation: int | None = None,
+    seed: int = 0,
+) -> TaskData:
+    """A GLUE task by name, from ``data_dir/<task>/`` or the Hugging Face hub; or a folder's own.
+
+    limit, limit_validation: at most so many rows, drawn with ``seed``; ``source`` then says so.
+    """
+    if isinstance(task, Path) or (isinstance(task, str) and _is_folder(task)):
+        if data_dir is not None:
+            raise DataError(f"task {str(task)!r} is a folder itself: leave --data-dir out.")
+        return load_folder(task, limit=limit, limit_validation=limit_validation, seed=seed)
+    if isinstance(task, str):
+        task = get_task(task)
+    if data_dir is None:
+        data = _from_hub(task)
+    else:
+        root = Path(data_dir)
+        if not root.is_dir():
+            raise DataError(f"--data-dir {root}: no such folder.")
+        spelt = {
+            p.name.lower().replace("-", "").replace("_", ""): p for p in sorted(root.iterdir())
+        }
+        folder = spelt.get(task.name.replace("-", "").replace("_", ""))
+        if folder is None:
+            hint = " Pass the folder above it." if _split_files(root, TRAIN) else ""
+            raise DataError(
+                f"--data-dir {root}: no folder {task.name}/ in it (it holds "
+                f"{', '.join(p.name for p in spelt.values()) or 'nothing'}).{hint}"
+            )
+        data = _from_files(task, folder)
+    return _limited(data, limit, limit_validation, seed)
+
+
+def _is_folder(name: str) -> bool:
+    """A path by its looks, or a folder that is not named like a GLUE task."""
+    try:
+        get_task(name)
+    except DataError:
+        return "/" in name or "\\" in name or Path(name).is_dir()
+    return False
+
+
+def load_folder(
+    folder: str | Path,
+    *,
+    text: str | tuple[str, ...] | None = None,
+    label: str | None = None,
+    regression: bool | None = None,
+    max_length: int = 128,
+    limit: int | None = None,
+    limit_validation: int | None = None,
+    seed: int = 0,
+) -> TaskData:
+    """Any folder with train.* and dev.* (or validation.*, else test.*).
+
+    Columns are inferred from their names where only one reading exists. Class names are those of
+    train, sorted (numbers by size); floats, written with a point, are scores of a regression
+    unless ``regression`` says otherwise.
+    """
+    folder = Path(folder)
+    tables = [read_table(p) for p in _files(folder, ("validation",))[0]]
+    first = tables[0]
+    columns = (text,) if isinstance(text, str) else text or _text_columns(first)
+    column = first.column(label) if label else first.column(*LABEL_COLUMNS)
+    values = [v for t in tables for v in t.columns[t.column(column)]]
+    if regression is None:
+        regression = _is_score(values)
+    for table in tables:
+        for row, value in enumerate(table.columns[column]):
+            if value is None or not str(value).strip():
+                raise DataError(
+                    f"{table.where(row)}: no label in column {column!r}: remove the row."
+                )
+    names = None if regression else tuple(sorted({str(v).strip() for v in values}, key=_by_size))
+    if names is not None and len(names) < 2:
+        raise DataError(
+            f"{first.path}: column {column!r} is {names[0]!r} in every row: expected two classes "
+            "or more. For scores pass regression=True."
+        )
+    kept = ("spearman", "pearson") if regression else ("accuracy", "macro_f1")
+    task = Task(name=folder.resolve().name, text=columns, label=column, labels=names, indices=False,
+                metrics=kept, primary=kept[0], max_length=max_length)  # fmt: skip
+    return _limited(_from_files(task, folder, tables), limit, limit_validation, seed)
+
+
+def _text_columns(table: Table) -> tuple[str, ...]:
+    """The text columns by their names; a pair hides the single names inside it."""
+    found: list[tuple[str, ...]] = []
+    for names in TEXT_COLUMNS:
+        if set(names) <= set(table.columns) and not any(set(names) <= set(f) for f in found):
+            found.append(names)
+    if len(found) == 1:
+        return found[0]
+    reason = f"{' or '.join(map(str, found))} could be meant" if found else "no known text column"
+    raise DataError(
+        f"{table.path}: {reason}. It has {', '.join(map(repr, table.columns))}: pass "
+        "text=('column',) or text=('first', 'second')."
+    )
+
+
+def _is_score(values: list[Any]) -> bool:
+    try:
+        numbers = [float(v) for v in values]
+    except (TypeError, ValueError):
+        return False
+    return any("." in str(v) for v in values) or not all(n.is_integer() for n in numbers)
+
+
+def _by_size(name: str) -> tuple[float, str]:
+    try:
+        return float(name), name
+    except ValueError:
+        return float("inf"), name
+
+
+def tokenize(data: TaskData, tokenizer: Any, max_length: int | None = None) -> TaskData:
+    """The same rows as input_ids, attention_mask, token_type_ids (where the tokenizer has them)
+    and labels, cut to ``max_length`` tokens (default: the task's); no padding."""
+    task = data.task
+    longest = int(tokenizer.model_max_length)
+    if max_length is not None and max_length > longest:
+        raise DataError(
+            f"tokenize(max_length={max_length}): the tokenizer's model takes {longest}."
+        )
+    length = max_length or min(task.max_length, longest)
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(*(rows[n] for n in task.text), truncation=True, max_length=length)
+        return {**encoded, "labels": rows[task.label]}
+
+    def run(rows: datasets.Dataset) -> datasets.Dataset:
+        return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenising")
+
+    validation = {name: run(rows) for name, rows in data.validation.items()}
+    return replace(data, train=run(data.train), validation=validation)

@@ -1,0 +1,115 @@
+"""One training phase as data: what is learnt, for how long, and with which optimiser."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kronbert.distill.objectives import Objective, known_keys
+from kronbert.errors import DistillError
+
+if TYPE_CHECKING:
+    from kronbert.distill.trainer import DistillArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """batch_size: examples per optimiser step, over all processes and accumulated batches.
+    max_length: tokens per example, for whoever tokenizes. warmup_ratio: a share of the steps.
+    scheduler: a name transformers knows. seed: of shuffling and dropout."""
+
+    name: str
+    objective: Objective
+    learning_rate: float
+    epochs: float
+    batch_size: int = 32
+    max_length: int = 128
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.01
+    scheduler: str = "linear"
+    max_grad_norm: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise DistillError(f"Stage(name={self.name!r}): expected a name that can be a folder.")
+        for key in ("learning_rate", "epochs", "max_grad_norm"):
+            value = getattr(self, key)
+            if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+                raise DistillError(f"Stage({self.name!r}, {key}={value!r}): expected a number > 0.")
+        for key in ("batch_size", "max_length"):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise DistillError(
+                    f"Stage({self.name!r}, {key}={value!r}): expected a whole number >= 1."
+                )
+        if not 0 <= self.warmup_ratio < 1:
+            raise DistillError(
+                f"Stage({self.name!r}, warmup_ratio={self.warmup_ratio!r}): expected a share of "
+                "the steps in [0, 1)."
+            )
+        if not self.weight_decay >= 0:
+            raise DistillError(
+                f"Stage({self.name!r}, weight_decay={self.weight_decay!r}): expected >= 0."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, strings and numbers."""
+        return asdict(self) | {"objective": self.objective.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Stage:
+        """The inverse of `to_dict`; unknown keys are refused."""
+        given = dict(known_keys(cls, data))
+        try:
+            return cls(**given | {"objective": Objective.from_dict(given["objective"])})
+        except (KeyError, TypeError) as error:
+            raise DistillError(
+                f"Stage: needs name, objective, learning_rate and epochs: {error}."
+            ) from error
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Stage:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    def to_arguments(self, output_dir: str | Path, **overrides: Any) -> DistillArguments:
+        """The stage as `DistillArguments`; overrides are its fields and win.
+
+        The batch of one process is batch_size / (WORLD_SIZE * gradient_accumulation_steps), so a
+        recipe trains the same on one process or eight; `DistillError` if that is no whole number.
+        """
+        from kronbert.distill.trainer import DistillArguments
+
+        given: dict[str, Any] = {
+            "learning_rate": self.learning_rate,
+            "num_train_epochs": self.epochs,
+            # transformers reads a number below 1 as a share of the steps
+            "warmup_steps": self.warmup_ratio,
+            "weight_decay": self.weight_decay,
+            "lr_scheduler_type": self.scheduler,
+            "max_grad_norm": self.max_grad_norm,
+            "seed": self.seed,
+        }
+        if "per_device_train_batch_size" not in overrides:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            parts = processes * overrides.get("gradient_accumulation_steps", 1)
+            if self.batch_size % parts:
+                raise DistillError(
+                    f"Stage({self.name!r}, batch_size={self.batch_size}) does not divide among "
+                    f"{parts} processes times accumulated batches. Pass "
+                    "per_device_train_batch_size, or a batch_size that is a multiple."
+                )
+            given["per_device_train_batch_size"] = self.batch_size // parts
+        try:
+            return DistillArguments(output_dir=str(output_dir), **given | overrides)
+        except TypeError as error:
+            raise DistillError(f"Stage({self.name!r}).to_arguments: {error}.") from error

@@ -1,0 +1,75 @@
+"""kronbert: transformer encoders 8 to 20 times smaller, as sums of Kronecker products."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .hf_hook import install as _install_checkpoint_format
+
+if TYPE_CHECKING:
+    from .checkpoint import load as load
+    from .config import KroneckerConfig as KroneckerConfig
+    from .config import Rule as Rule
+    from .conversion import convert as convert
+    from .conversion import merge as merge
+    from .conversion import plan as plan
+    from .decompose import nearest_kronecker as nearest_kronecker
+    from .embedding import KroneckerEmbedding as KroneckerEmbedding
+    from .errors import CheckpointError as CheckpointError
+    from .errors import DataError as DataError
+    from .errors import DistillError as DistillError
+    from .errors import KronbertError as KronbertError
+    from .errors import NoMatchError as NoMatchError
+    from .errors import PlanError as PlanError
+    from .errors import ShapeError as ShapeError
+    from .head import KroneckerLMHead as KroneckerLMHead
+    from .linear import KroneckerLinear as KroneckerLinear
+    from .planning import Plan as Plan
+    from .reporting import Report as Report
+    from .reporting import report as report
+    from .shapes import KroneckerShape as KroneckerShape
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "checkpoint",
+    "KroneckerConfig": "config",
+    "Rule": "config",
+    "convert": "conversion",
+    "merge": "conversion",
+    "plan": "conversion",
+    "nearest_kronecker": "decompose",
+    "KroneckerEmbedding": "embedding",
+    "CheckpointError": "errors",
+    "DataError": "errors",
+    "DistillError": "errors",
+    "KronbertError": "errors",
+    "NoMatchError": "errors",
+    "PlanError": "errors",
+    "ShapeError": "errors",
+    "KroneckerLMHead": "head",
+    "KroneckerLinear": "linear",
+    "Plan": "planning",
+    "Report": "reporting",
+    "report": "reporting",
+    "KroneckerShape": "shapes",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded on first use: importing kronbert costs next to nothing."""
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'kronbert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+_install_checkpoint_format()

@@ -1,0 +1,53 @@
+"""`load`: a saved student, strictly, with the class that saved it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import CheckpointError
+from .hf import METHOD
+
+
+def load(folder: str | Path, **kwargs: Any) -> nn.Module:
+    """The student in ``folder`` (or of a hub name), built with the class that saved it.
+
+    Unlike the Auto classes it refuses a checkpoint with missing, unexpected or misshapen tensors.
+    kwargs go to `from_pretrained` (dtype, device_map, ...). Raises `CheckpointError`."""
+    import transformers
+
+    path = Path(folder)
+    if path.exists() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: no config.json. Give the folder that save_pretrained wrote."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{folder}: config.json cannot be read ({error}). Give the folder that save_pretrained "
+            "wrote, or a hub name while online."
+        ) from error
+    stored = getattr(config, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if method != METHOD:
+        raise CheckpointError(
+            f"{folder}: no Kronecker checkpoint (quant_method {method!r}). Load dense models with "
+            "transformers' own classes."
+        )
+    names = config.architectures or ["AutoModel"]
+    model_class = getattr(transformers, names[0], transformers.AutoModel)
+    try:
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckpointError(
+                f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}. The "
+                "checkpoint and its config do not belong together: save the student again."
+            )
+    return model

@@ -1,0 +1,230 @@
+"""The search for shapes: candidates of each layer, their predicted loss, the best mix in a budget.
+
+Predicted loss of a layer = -log(predicted part of its output that is kept) + what it costs to run;
+summed over layers it is the log of what a whole pass keeps. The law was fitted to data-aware fits of
+one fine-tuned MiniLM-L6 (384 wide, layer 3; squared relative output error at 4 and 16 times
+compression, averaged over five matrices):
+
+    one large matrix, full rank 4 to 16      0.27  0.49
+    balanced sum 24x24 ⊗ 16x16               0.21  0.40
+    word embedding, truncated SVD, n = 2, 4, 8, 16       0.21  0.43  0.62  0.77
+    word embedding, ``1 x n`` Kronecker, same sizes      0.50  0.75  0.87  0.93
+
+It ranks shapes before any training; it is no forecast of a score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import PlanError
+from .shapes import Groups, KroneckerShape, dense_flops, divisors, low_rank
+
+if TYPE_CHECKING:
+    from .planning import LayerSize
+
+RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Terms of one sum; more than 16 small products run slower than the dense layer."""
+
+KEPT_RANK = 1 / 2
+"""A linear layer keeps at least this part of its matrix rank, as K21's feed-forward does (384 of
+768): what sets these layers apart from a truncated SVD, which stays available as a rule."""
+
+LARGE, TINY, LARGE_RANKS = 192, 32, 4
+"""One large matrix has a side >= 192, its partner sides <= 32, and at most 4 terms are summed: a
+large product per term is what each of them costs."""
+
+RUN_WEIGHTS = (1.0, 0.3, 0.0)
+"""Loss of a layer that costs as many FLOPs as the dense one. Speed counts while the budget is
+tight; a budget it would leave unused (small factors) is spent on quality with the next weight."""
+
+TOLERANCE = 1.03
+"""A plan lands in [factor, 1.03 factor] wherever shapes allow it."""
+
+BUCKETS = 1500
+"""Resolution of the budget while mixes are joined: 0.07 % of it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to hold a layer: its groups (none: dense), numbers stored, predicted loss."""
+
+    weights: int
+    loss: float
+    groups: Groups = ()
+
+
+def predicted_loss(shape: KroneckerShape, dense_weights: int, *, table: bool) -> float:
+    """-log of the predicted part of a layer's squared output that is kept; ``table``: embedding."""
+    ratio = dense_weights / shape.parameters
+    if ratio <= 1 or shape.rank >= shape.full_rank:
+        return 0.0
+    if not table:
+        return (0.27 - 0.0135 * math.log2(shape.full_rank)) * math.log(ratio)
+    svd = 0.27 + 0.065 * math.log2(ratio)
+    # n = b_in lies between the ratio (one term) and the width (truncated SVD).
+    spread = math.log(shape.in_features / ratio) if ratio < shape.in_features else 0.0
+    place = math.log(max(shape.b_in / ratio, 1.0)) / spread if spread > 0 else 1.0
+    return (1 + min(place, 1.0) * (svd - 1)) * math.log(ratio)
+
+
+def fast(shape: KroneckerShape) -> bool:
+    """One large ``b`` on contiguous rows beside a tiny ``a``, or all sides multiples of 16."""
+    b_sides = (shape.b_out, shape.b_in)
+    a_sides = (shape.a_out, shape.a_in)
+    if max(b_sides) >= LARGE and min(a_sides) >= 2 and max(a_sides) <= TINY:
+        return min(b_sides) >= TINY and shape.rank <= LARGE_RANKS
+    return all(side % 16 == 0 for side in (*a_sides, *b_sides))
+
+
+def shapes_of(out: int, inner: int) -> Iterator[KroneckerShape]:
+    """Every divisor pair and number of terms with fewer numbers and FLOPs than the dense layer."""
+    dense, flops = out * inner, dense_flops(out, inner)
+    for a_out in divisors(out):
+        for a_in in divisors(inner):
+            for rank in RANKS:
+                shape = KroneckerShape(a_out, a_in, out // a_out, inner // a_in, rank)
+                if shape.parameters >= dense or rank > shape.full_rank or shape.flops() > flops:
+                    break
+                yield shape
+
+
+def linear_candidates(out: int, inner: int, run_weight: float) -> list[Candidate]:
+    """Ways to hold an (out, inner) linear layer. Shapes that run fast; where the sizes have none
+    (odd widths), all of them."""
+    dense, flops = out * inner, dense_flops(out, inner)
+    shapes = [
+        shape
+        for shape in shapes_of(out, inner)
+        if shape.rank * min(shape.a_out, shape.a_in) * min(shape.b_out, shape.b_in)
+        >= KEPT_RANK * min(out, inner)
+    ]
+    quick = [shape for shape in shapes if fast(shape)]
+    found = [Candidate(dense, run_weight)]
+    for shape in quick or shapes:
+        loss = predicted_loss(shape, dense, table=False) + run_weight * shape.flops() / flops
+        found.append(Candidate(shape.parameters, loss, (shape,)))
+    return pareto(found)
+
+
+def table_candidates(rows: int, width: int) -> list[Candidate]:
+    """Ways to hold a (rows, width) embedding: a (rows x width/n) ⊗ b (1 x n), any rank."""
+    dense = rows * width
+    found = [Candidate(dense, 0.0)]
+    for n in divisors(width):
+        if n == 1:
+            continue
+        top = 1 if n < width else min(rows, width)
+        for rank in range(1, top + 1):
+            shape = KroneckerShape(rows, width // n, 1, n, rank)
+            if shape.parameters >= dense:
+                break
+            found.append(
+                Candidate(shape.parameters, predicted_loss(shape, dense, table=True), (shape,))
+            )
+    return pareto(found)
+
+
+def candidates(layer: LayerSize, run_weight: float = RUN_WEIGHTS[0]) -> list[Candidate]:
+    if layer.kind in ("embedding", "position"):
+        return table_candidates(layer.out, layer.inner)
+    return linear_candidates(layer.out, layer.inner, run_weight)
+
+
+def pareto(found: Iterable[Candidate]) -> list[Candidate]:
+    """Without those another candidate beats in both weights and loss; weights ascending."""
+    kept: list[Candidate] = []
+    for candidate in sorted(found, key=lambda c: (c.weights, c.loss, c.groups)):
+        if not kept or candidate.loss < kept[-1].loss - 1e-12:
+            kept.append(candidate)
+    return kept
+
+
+def best_under(layer: LayerSize, factor: float) -> Groups:
+    """The groups with the least predicted loss among those at least ``factor`` times smaller."""
+    allowed = [c for c in candidates(layer) if c.weights * factor <= layer.weights and c.groups]
+    if not allowed:
+        smallest = min((c for c in candidates(layer)), key=lambda c: c.weights)
+        raise PlanError(
+            f"{layer.name!r}: factor={factor:g} is out of reach for {layer.out}x{layer.inner}; the "
+            f"largest is {layer.weights / smallest.weights:.1f}. Ask for less, or give {{'rank': 1}}."
+        )
+    return min(allowed, key=lambda c: c.loss).groups
+
+
+def choose(
+    free: Sequence[LayerSize], settled: int, total: int, factor: float
+) -> Mapping[str, Groups]:
+    """Groups of every free layer: the least summed loss with settled + weights <= total / factor.
+
+    Layers of one size and group share their groups, as in the papers. A layer's loss counts once;
+    the word embedding's counts once per transformer layer (six matrices), since every one of them
+    reads it; a position table's a quarter of that, a pooler's half a layer.
+    """
+    budget = math.floor(total / factor) - settled
+    classes: dict[tuple[str, str, int, int], list[LayerSize]] = {}
+    for layer in free:
+        key = (layer.group, layer.kind, layer.out, layer.inner)
+        classes.setdefault(key, []).append(layer)
+    depth = max(1.0, sum(layer.group in ("attention", "feed-forward") for layer in free) / 6)
+    picks: list[Groups] = []
+    for run_weight in RUN_WEIGHTS:
+        options = []
+        for (group, kind, _, _), members in classes.items():
+            weight = len(members) * {"position": depth / 4, "embedding": depth}.get(kind, 1.0)
+            weight *= 0.5 if group == "other" else 1.0
+            options.append(
+                [
+                    Candidate(len(members) * c.weights, weight * c.loss, c.groups)
+                    for c in candidates(members[0], run_weight)
+                ]
+            )
+        least = sum(choice[0].weights for choice in options)
+        if least > budget:
+            reach = total / (settled + least)
+            raise PlanError(
+                f"factor={factor:g} is out of reach: the smallest shapes reach {reach:.1f} "
+                f"({settled + least:,} parameters, {settled:,} of them in layers kept dense, "
+                f"biases and norms). Ask for at most {math.floor(reach * 10) / 10:g}, or keep less "
+                "dense."
+            )
+        used, picks = _join(options, budget)
+        if total / (settled + used) <= factor * TOLERANCE:
+            break
+    return {
+        layer.name: groups
+        for members, groups in zip(classes.values(), picks, strict=True)
+        for layer in members
+    }
+
+
+def _join(options: list[list[Candidate]], budget: int) -> tuple[int, list[Groups]]:
+    """Weights used and the choice in each class with the least summed loss in the budget (multiple-choice knapsack:
+    classes are joined one by one, keeping the best mix in each of `BUCKETS` slices of it)."""
+    rest = [sum(choice[0].weights for choice in options[i + 1 :]) for i in range(len(options))]
+    mixes: list[tuple[int, float, tuple[Groups, ...]]] = [(0, 0.0, ())]
+    for choice, still_needed in zip(options, rest, strict=True):
+        best: dict[int, tuple[int, float, tuple[Groups, ...]]] = {}
+        for weights, loss, groups in mixes:
+            for candidate in choice:
+                used = weights + candidate.weights
+                if used + still_needed > budget:
+                    break
+                mix = (used, loss + candidate.loss, (*groups, candidate.groups))
+                bucket = used * BUCKETS // max(budget, 1)
+                if bucket not in best or mix[1] < best[bucket][1]:
+                    best[bucket] = mix
+        mixes = []
+        for mix in sorted(best.values(), key=lambda m: (m[0], m[1])):
+            if not mixes or mix[1] < mixes[-1][1]:
+                mixes.append(mix)
+    used, _, picks = min(mixes, key=lambda mix: mix[1])
+    return used, list(picks)
+
+
+def svd_rank(out: int, inner: int, weights: int) -> KroneckerShape:
+    """The truncated SVD of an (out, inner) weight with at most ``weights`` numbers; rank >= 1."""
+    return low_rank(out, inner, max(1, weights // (out + inner)))

@@ -1,0 +1,165 @@
+"""`KroneckerShape`: the sizes of a sum of Kronecker products, its parameters and its FLOPs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import ShapeError
+
+Order = Literal["a", "b"]
+"""Which matrix meets the input first."""
+
+
+@dataclass(frozen=True, order=True)
+class KroneckerShape:
+    """The sizes of ``sum_r a[r] ⊗ b[r]``: a (rank, a_out, a_in), b (rank, b_out, b_in).
+
+    The weight it stands for is (a_out * b_out, a_in * b_in), as `nn.Linear` stores it. A truncated
+    SVD of rank r is the member (out x 1) ⊗ (1 x in).
+    """
+
+    a_out: int
+    a_in: int
+    b_out: int
+    b_in: int
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("a_out", "a_in", "b_out", "b_in", "rank"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ShapeError(f"KroneckerShape({name}={size!r}): expected a whole number >= 1.")
+
+    @property
+    def out_features(self) -> int:
+        return self.a_out * self.b_out
+
+    @property
+    def in_features(self) -> int:
+        return self.a_in * self.b_in
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in a and b."""
+        return self.rank * (self.a_out * self.a_in + self.b_out * self.b_in)
+
+    @property
+    def full_rank(self) -> int:
+        """The rank at which any weight of this size is met exactly (Tahaei et al. 2022, 3.1)."""
+        return min(self.a_out * self.a_in, self.b_out * self.b_in)
+
+    def flops(self, order: Order | None = None) -> int:
+        """Additions and multiplications per input row; ``order`` None: the cheaper one.
+
+        Tahaei et al. 2022, section 3.2: b first costs (2 b_in - 1) b_out a_in for x · bᵀ and
+        (2 a_in - 1) b_out a_out for a · z.
+        """
+        if order is None:
+            order = self.order
+        if order == "b":
+            term = (2 * self.b_in - 1) * self.b_out * self.a_in
+            term += (2 * self.a_in - 1) * self.b_out * self.a_out
+        else:
+            term = (2 * self.a_in - 1) * self.a_out * self.b_in
+            term += (2 * self.b_in - 1) * self.b_out * self.a_out
+        return self.rank * term + (self.rank - 1) * self.out_features
+
+    @property
+    def order(self) -> Order:
+        """The order with fewer FLOPs; b first on a tie."""
+        return "b" if self.flops("b") <= self.flops("a") else "a"
+
+    @property
+    def low_rank(self) -> bool:
+        """True for the truncated-SVD member (out x 1) ⊗ (1 x in)."""
+        return self.a_in == 1 and self.b_out == 1
+
+    def __str__(self) -> str:
+        if self.low_rank and self.out_features > 1 and self.in_features > 1:
+            return f"svd({self.rank}) {self.out_features}x{self.in_features}"
+        terms = f"{self.rank}·" if self.rank > 1 else ""
+        return f"{terms}{self.a_out}x{self.a_in}⊗{self.b_out}x{self.b_in}"
+
+    def to_list(self) -> list[int]:
+        return [self.a_out, self.a_in, self.b_out, self.b_in, self.rank]
+
+    @property
+    def spec(self) -> str:
+        """The ASCII form that files hold and `parse` reads: ``4:384x48*2x16``."""
+        terms = f"{self.rank}:" if self.rank > 1 else ""
+        return f"{terms}{self.a_out}x{self.a_in}*{self.b_out}x{self.b_in}"
+
+    @classmethod
+    def parse(cls, text: str) -> KroneckerShape:
+        """``"384x48*2x16"`` or ``"4·384x48⊗2x16"``: a, b and, in front, the rank."""
+        match = re.fullmatch(r"(?:(\d+)\s*[·:]\s*)?(\d+)x(\d+)\s*[*⊗]\s*(\d+)x(\d+)", text.strip())
+        if match is None:
+            raise ShapeError(
+                f"{text!r} is no Kronecker shape: expected 'a_out x a_in ⊗ b_out x b_in', for "
+                "example '384x48⊗2x16', or '4·384x48⊗2x16' for a sum of 4."
+            )
+        rank, *sizes = match.groups()
+        return cls(*(int(size) for size in sizes), rank=int(rank or 1))
+
+
+Groups = tuple[KroneckerShape, ...]
+"""The summed groups of one layer; nearly always one."""
+
+
+def parse_groups(text: str) -> Groups:
+    """Groups written as ``spec`` joined by " + "."""
+    return tuple(KroneckerShape.parse(part) for part in text.split("+"))
+
+
+def check_groups(groups: Sequence[KroneckerShape], out: int, inner: int, where: str) -> None:
+    """Raise `ShapeError` naming ``where`` unless every group makes an (out, inner) weight."""
+    if not groups:
+        raise ShapeError(f"{where}: expected at least one Kronecker shape, got none.")
+    for shape in groups:
+        for label, part, whole in (
+            ("a_out", shape.a_out, out),
+            ("b_out", shape.b_out, out),
+            ("a_in", shape.a_in, inner),
+            ("b_in", shape.b_in, inner),
+        ):
+            if whole % part:
+                side = "out_features" if label.endswith("out") else "in_features"
+                low, high = near_divisors(part, whole)
+                raise ShapeError(
+                    f"{where}: {label}={part} does not divide {side}={whole}. The nearest divisors "
+                    f"are {low} and {high}: use one of them, or leave the layer dense "
+                    "(keep=[its name])."
+                )
+        if (shape.out_features, shape.in_features) != (out, inner):
+            raise ShapeError(
+                f"{where}: {shape} makes a {shape.out_features}x{shape.in_features} weight, "
+                f"expected {out}x{inner}. Change a or b so that a_out*b_out = {out} and "
+                f"a_in*b_in = {inner}."
+            )
+
+
+def divisors(n: int) -> Iterator[int]:
+    """The divisors of n >= 1, ascending."""
+    low = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    yield from low
+    yield from (n // d for d in reversed(low) if d * d != n)
+
+
+def near_divisors(part: int, whole: int) -> tuple[int, int]:
+    """The largest divisor of whole below part and the smallest above it."""
+    below = [d for d in divisors(whole) if d <= part] or [1]
+    above = [d for d in divisors(whole) if d >= part] or [whole]
+    return below[-1], above[0]
+
+
+def low_rank(out: int, inner: int, rank: int) -> KroneckerShape:
+    """A truncated SVD of an (out, inner) weight as a Kronecker shape."""
+    return KroneckerShape(out, 1, 1, inner, rank)
+
+
+def dense_flops(out: int, inner: int) -> int:
+    """FLOPs per row of a dense product, counted as the paper does: (2 in - 1) out."""
+    return (2 * inner - 1) * out

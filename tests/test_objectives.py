@@ -1,0 +1,180 @@
+"""Losses against their definitions in float64, and objectives as data."""
+
+import json
+from math import sqrt
+
+import pytest
+import torch
+from torch import Tensor
+
+from kronbert.distill import Objective, Term
+from kronbert.distill.objectives import kl_logits, mse_hidden, mse_logits, mse_scores
+from kronbert.errors import DistillError
+
+
+def scores_by_pairs(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The definition: mean over sequences, heads and unpadded pairs of (o_s - o_t)²."""
+    o_s = q_s @ k_s.transpose(-1, -2) / sqrt(q_s.shape[-1])
+    o_t = q_t @ k_t.transpose(-1, -2) / sqrt(q_t.shape[-1])
+    square = (o_s - o_t) ** 2
+    if mask is None:
+        return square.mean()
+    pairs = (mask[:, None, :, None] * mask[:, None, None, :]).bool().expand_as(square)
+    return square[pairs].mean()
+
+
+def sample(tokens: int, d_s: int, d_t: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(2, 3, tokens, d).to(dtype) for d in (d_s, d_s, d_t, d_t)]
+
+
+def ragged(tokens: int) -> Tensor:
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    mask[1, tokens // 2 :] = 0
+    return mask
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("d_s", "d_t"), [(4, 4), (4, 7)])
+@pytest.mark.parametrize("tokens", [5, 40], ids=["plain", "gram"])
+def test_mse_scores_is_its_definition(tokens, d_s, d_t, masked):
+    parts, mask = sample(tokens, d_s, d_t), ragged(tokens) if masked else None
+    student = [x.requires_grad_() for x in parts[:2]]
+    ours, exact = mse_scores(*parts, mask), scores_by_pairs(*parts, mask)
+    torch.testing.assert_close(ours, exact)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, student), torch.autograd.grad(exact, student)
+    )
+
+
+@pytest.mark.parametrize("tokens", [5, 20], ids=["plain", "gram"])
+@pytest.mark.parametrize("d_t", [2, 3])
+def test_mse_scores_gradcheck(tokens, d_t):
+    parts = [x.requires_grad_() for x in sample(tokens, 2, d_t)]
+    assert torch.autograd.gradcheck(lambda *x: mse_scores(*x, ragged(tokens)), parts)
+    assert torch.autograd.gradgradcheck(lambda *x: mse_scores(*x), parts, atol=1e-4)
+
+
+def test_padded_positions_do_not_count():
+    parts, mask = sample(8, 3, 3), ragged(8)
+    loud = [torch.where(mask[:, None, :, None].bool(), x, 1e6) for x in parts]
+    assert mse_scores(*loud, mask) == mse_scores(*parts, mask)
+    hidden = [torch.where(mask[..., None].bool(), x[:, 0], torch.nan) for x in parts[1:3]]
+    assert mse_hidden(*hidden, mask) == mse_hidden(parts[1][:, 0], parts[2][:, 0], mask)
+
+
+@pytest.mark.parametrize("tokens", [16, 64], ids=["plain", "gram"])
+def test_mse_scores_is_exact_when_the_student_is_close(tokens):
+    teacher = [torch.randn(2, 3, tokens, 8, dtype=torch.float64) for _ in range(2)]
+    student = [x + 1e-4 * torch.randn_like(x) for x in teacher]
+    parts = [x.float() for x in (*student, *teacher)]
+    exact = scores_by_pairs(*(x.double() for x in parts))
+    assert exact < 1e-6  # an S x S difference squared in float32 would keep few digits of this
+    assert abs(mse_scores(*parts) - exact) < 1e-4 * exact
+
+
+def test_mse_scores_is_float32_under_autocast():
+    parts = sample(64, 8, 8, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = mse_scores(*parts)
+    assert loss.dtype == torch.float32
+    exact = scores_by_pairs(*(x.double() for x in parts))
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_long_sequences_build_no_square_matrix():
+    parts = [torch.randn(1, 2, 600, 4, requires_grad=True) for _ in range(4)]
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max(largest, out.numel() if isinstance(out, Tensor) else 0)
+            return out
+
+    with Watch():
+        mse_scores(*parts).backward()
+    assert largest <= 2 * 600 * 8  # 2 heads, both models' d side by side
+
+
+def test_mse_scores_refuses_other_heads():
+    q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 2, 5, 4)
+    with pytest.raises(DistillError, match=r"student \(2, 3, 5, 4\) and teacher \(2, 2, 5, 4\)"):
+        mse_scores(q, q, k, k)
+
+
+def test_mse_hidden_is_the_mean_over_unpadded_tokens():
+    s, t, mask = torch.randn(2, 6, 5), torch.randn(2, 6, 5), ragged(6)
+    expected = torch.cat([((s - t) ** 2)[0], ((s - t) ** 2)[1, :3]]).mean()
+    torch.testing.assert_close(mse_hidden(s, t, mask), expected)
+    torch.testing.assert_close(mse_hidden(s, t), ((s - t) ** 2).mean())
+    with pytest.raises(DistillError, match=r"hidden states: student \(2, 6, 5\), teacher"):
+        mse_hidden(s, t[..., :4])
+
+
+def test_kl_logits_is_the_definition():
+    s, t = torch.randn(4, 3), torch.randn(4, 3)
+    p, q = (t / 2).softmax(-1), (s / 2).softmax(-1)
+    expected = 4 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(kl_logits(s, t, temperature=2.0), expected)
+    assert kl_logits(s, s) == 0
+
+
+def test_masked_logits_rows_and_classes():
+    s, t, mask = torch.randn(2, 6, 5), torch.randn(2, 6, 5), ragged(6)
+    rows = mask[:, :, None]
+    kept_s, kept_t = s[mask.bool()], t[mask.bool()]
+    torch.testing.assert_close(kl_logits(s, t, rows), kl_logits(kept_s, kept_t))
+    torch.testing.assert_close(mse_logits(s, t, rows), mse_logits(kept_s, kept_t))
+    # Question answering: the softmax runs over tokens, of which the second sequence has three.
+    s, t = s.mT, t.mT
+    one = kl_logits(s[:1], t[:1]) + kl_logits(s[1:, :, :3], t[1:, :, :3])
+    torch.testing.assert_close(kl_logits(s, t, mask[:, None, :]), one / 2)
+
+
+FULL = Objective(
+    terms=(
+        Term(tap="scores", weight=0.5),
+        Term(tap="logits", loss="kl", temperature=2.0),
+        Term(tap="logits"),
+        Term(tap="labels"),
+        Term(tap="ffn", weight=0),
+    ),
+    layer_map=(0, 3),
+)
+
+
+def test_objective_survives_json():
+    assert Objective.from_dict(json.loads(json.dumps(FULL.to_dict()))) == FULL
+
+
+def test_objective_names_and_needs():
+    assert [FULL.name(t) for t in FULL.active] == ["scores", "logits_kl", "logits_mse", "labels"]
+    assert FULL.teacher_taps == {"scores", "logits"}
+    assert FULL.label_tap == "labels"
+    assert Objective(terms=(Term(tap="mlm"),)).teacher_taps == set()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Term(tap="score"), "'score' *.* is not a tap. Nearest: 'scores'"),
+        (lambda: Term(tap="ffn", loss="kl"), "tap='ffn', loss='kl'.: expected mse"),
+        (lambda: Term(tap="ffn", weight=-1), "weight=-1.: expected a finite number >= 0"),
+        (lambda: Term(tap="ffn", weight=float("nan")), "weight=nan.: expected a finite"),
+        (lambda: Term(tap="logits", loss="kl", temperature=0), "temperature=0.: expected a number"),
+        (lambda: Term(tap="logits", temperature=2), "only loss='kl' has a temperature"),
+        (lambda: Objective(terms=()), "no term has a weight above 0"),
+        (lambda: Objective(terms=(Term(tap="ffn"),) * 2), "two terms are tap='ffn', loss='mse'"),
+        (lambda: Objective(terms=(Term(tap="mlm"), Term(tap="labels"))), "the same loss"),
+        (lambda: Objective(terms=(Term(tap="ffn"),), layer_map="half"), "'half' is not known"),
+        (lambda: Objective.from_dict({"term": []}), "unknown key 'term'. Nearest: 'terms'"),
+        (lambda: Objective.from_dict({"terms": [{"tab": "ffn"}]}), "Term: unknown key 'tab'"),
+        (lambda: Objective.from_dict({"terms": [{"weight": 1}]}), "Term: needs tap"),
+    ],
+)
+def test_what_an_objective_refuses(make, text):
+    with pytest.raises(DistillError, match=text):
+        make()

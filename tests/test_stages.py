@@ -1,0 +1,115 @@
+"""Stages and recipes as data, and what becomes of them as training arguments."""
+
+import json
+
+import pytest
+
+from kronbert.distill import Objective, Recipe, Stage, Term, recipes
+from kronbert.distill.recipes.kroneckerbert import kroneckerbert
+from kronbert.errors import DistillError
+
+OBJECTIVE = Objective(terms=(Term(tap="ffn"), Term(tap="logits", loss="kl", temperature=3.0)))
+
+
+def a_stage(**changes):
+    given = {"name": "task", "objective": OBJECTIVE, "learning_rate": 3e-4, "epochs": 2.5}
+    return Stage(**given | changes)
+
+
+def test_stage_survives_json():
+    stage = a_stage(batch_size=48, scheduler="cosine", warmup_ratio=0.0)
+    assert Stage.from_json(stage.to_json()) == stage
+
+
+def test_to_arguments(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    stage = a_stage(batch_size=48, scheduler="cosine", warmup_ratio=0.25)
+    args = stage.to_arguments(tmp_path, gradient_accumulation_steps=3, weight_decay=0.5)
+    assert args.learning_rate == 3e-4
+    assert args.num_train_epochs == 2.5
+    assert args.lr_scheduler_type == "cosine"
+    assert args.get_warmup_steps(200) == 50
+    assert args.weight_decay == 0.5  # overrides win
+    assert args.per_device_train_batch_size == 16
+    assert args.logging_first_step
+
+
+def test_batch_size_is_shared_among_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(DistillError, match=r"batch_size=32\) does not divide among 5 processes"):
+        a_stage().to_arguments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: a_stage(epochs=0), r"Stage\('task', epochs=0\): expected a number > 0"),
+        (lambda: a_stage(learning_rate="1e-3"), "learning_rate='1e-3'"),
+        (lambda: a_stage(batch_size=1.5), "batch_size=1.5.: expected a whole number"),
+        (lambda: a_stage(warmup_ratio=10), "warmup_ratio=10.: expected a share of the steps"),
+        (lambda: a_stage(weight_decay=-1), "weight_decay=-1.: expected >= 0"),
+        (lambda: a_stage(name="a/b"), "expected a name that can be a folder"),
+        (lambda: Stage.from_dict({"lr": 1}), "unknown key 'lr'"),
+        (lambda: Stage.from_dict({"name": "x"}), "needs name, objective, learning_rate and epochs"),
+        (lambda: a_stage().to_arguments("x", learning_rat=1), "learning_rat"),
+    ],
+)
+def test_what_a_stage_refuses(make, text):
+    with pytest.raises(DistillError, match=text):
+        make()
+
+
+def test_kroneckerbert_is_the_papers():
+    general, task = recipes.get("kroneckerbert-k21").stages
+    assert [t.tap for t in general.objective.terms] == ["embedding", "scores", "ffn", "mlm"]
+    assert [t.tap for t in task.objective.terms] == [
+        "embedding",
+        "scores",
+        "ffn",
+        "logits",
+        "labels",
+    ]
+    assert {t.weight for s in (general, task) for t in s.objective.terms} == {1.0}
+    assert (general.learning_rate, general.epochs, general.max_length) == (1e-3, 3, 512)
+    assert (task.learning_rate, task.batch_size, task.max_length) == (5e-4, 32, 128)
+    assert recipes.get("kroneckerbert-k8").stage("task").learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("factor", "task", "rate"),
+    [
+        (4, None, 1e-4),
+        (12, "sst2", 1e-4),
+        (14, None, 5e-4),
+        (30, "RTE", 5e-5),
+        ("k8", "cola", 5e-5),
+        ("K19", "qqp", 1e-4),
+    ],
+)
+def test_kroneckerbert_rates(factor, task, rate):
+    assert kroneckerbert(factor, task=task).stage("task").learning_rate == rate
+
+
+def test_recipes_survive_json():
+    for name in recipes.names():
+        recipe = recipes.get(name)
+        assert recipe.name == name
+        assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    without = kroneckerbert(8, mlm=False).stages[0].objective
+    assert without.label_tap is None
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: recipes.get("kronekerbert-k8"), "not known. Nearest: 'kroneckerbert-k8'"),
+        (lambda: recipes.get("kroneckerbert-k8").stage("tasks"), "no stage 'tasks'. Nearest: 'tas"),
+        (lambda: kroneckerbert("k9"), "preset 'k9' is not known"),
+        (lambda: kroneckerbert(1), "expected parameters before / after, > 1"),
+        (lambda: kroneckerbert(float("nan")), "expected parameters before / after, > 1"),
+        (lambda: Recipe(name="r", paper="p", stages=()), "expected stages with different names"),
+    ],
+)
+def test_what_recipes_refuse(make, text):
+    with pytest.raises(DistillError, match=text):
+        make()
