@@ -196,8 +196,8 @@ class Taps:
             except AttributeError:
                 continue
         raise DistillError(
-            f"{type(base).__name__} has no module {' or '.join(map(repr, tried))}, which its TapMap "
-            "names. If its blocks were fused, undo that before training; another layout needs "
+            f"{type(base).__name__} has no module {' or '.join(map(repr, tried))}, named in its "
+            "TapMap. If its blocks were fused, undo that before training; another layout needs "
             "another entry in kronbert.distill.taps.TAP_MAPS."
         )
 

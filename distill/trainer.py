@@ -121,7 +121,7 @@ class DistillTrainer(Trainer):
             self._record(losses)
             weights = {self.objective.name(term): term.weight for term in self.objective.active}
             total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
-            # DistributedDataParallel waits for the gradient of all that an output depends on.
+            # Else DistributedDataParallel runs an empty backward pass through an unused head.
             for name, value in student.outputs.items():
                 if isinstance(value, Tensor):
                     student.outputs[name] = value.detach()

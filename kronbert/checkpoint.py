@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,9 @@ from torch import nn
 
 from .errors import CheckpointError
 from .hf import METHOD
+
+HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+"""Arguments that say which files of a repository are meant: for the config as for the weights."""
 
 
 def load(folder: str | Path, **kwargs: Any) -> nn.Module:
@@ -19,14 +21,15 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
     kwargs go to `from_pretrained` (dtype, device_map, ...). Raises `CheckpointError`."""
     import transformers
 
-    path = Path(folder)
+    path = Path(folder, kwargs.get("subfolder", ""))
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(
             f"{path}: no config.json. Give the folder that save_pretrained wrote."
         )
+    hub = {key: kwargs[key] for key in HUB if key in kwargs}
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, json.JSONDecodeError) as error:
+        config = transformers.AutoConfig.from_pretrained(folder, **hub)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: config.json cannot be read ({error}). Give the folder that save_pretrained "
             "wrote, or a hub name while online."
@@ -39,9 +42,16 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
             "transformers' own classes."
         )
     names = config.architectures or ["AutoModel"]
-    model_class = getattr(transformers, names[0], transformers.AutoModel)
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{folder}: config.json names the class {names[0]!r}, which transformers "
+            f"{transformers.__version__} does not have. Load it with that class's from_pretrained."
+        )
     try:
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

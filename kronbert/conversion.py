@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from .config import KroneckerConfig
 from .embedding import KroneckerEmbedding
 from .errors import PlanError
 from .head import KroneckerLMHead
-from .inventory import inventory
+from .inventory import inventory, swap
 from .linear import KroneckerLinear
-from .planning import Inventory, Plan, make_plan
+from .planning import Inventory, Plan, PlannedLayer, checked, make_plan
 
 KRONECKER_MODULES = (KroneckerLinear, KroneckerEmbedding, KroneckerLMHead)
 
@@ -36,17 +39,17 @@ def plan(
     keep: see `KroneckerConfig`; or give one as ``config``. errors: with a model, fit every layer to
     print its relative error (seconds for BERT-base; False: sizes only)."""
     if isinstance(model_or_config, nn.Module):
-        _refuse_converted(model_or_config)
+        _check_model(model_or_config)
     wanted = _config(factor, preset, rules, keep, config)
     made = make_plan(inventory(model_or_config), wanted)
     if not errors or not isinstance(model_or_config, nn.Module):
         return made
     modules = dict(model_or_config.named_modules())
-    if any(modules[layer.size.name].weight.is_meta for layer in made.converted):
+    if any(_weight(modules[layer.size.name]).is_meta for layer in made.converted):
         return made
     _check_weights(model_or_config, made)
     fits = {
-        layer.size.name: _fit(modules[layer.size.name], layer.groups)[1]
+        layer.size.name: _fit(modules[layer.size.name], layer)[1]
         for layer in made.converted
         if layer.size.tied_to is None
     }
@@ -69,7 +72,7 @@ def convert(
     The teacher stays untouched (inplace=True reuses its modules instead of copying the dense
     ones). plan: one made, and perhaps edited, before. The student's plan, with the relative error
     of every fit, is its ``kronecker_plan``. Raises before anything is changed."""
-    _refuse_converted(model)
+    _check_model(model)
     sizes = inventory(model)
     if plan is None:
         plan = make_plan(sizes, _config(factor, preset, rules, keep, config))
@@ -77,36 +80,42 @@ def convert(
         if any(given is not None for given in (factor, preset, rules, keep, config)):
             raise PlanError("convert(plan=...): the plan fixes every shape; give it alone.")
         _check_plan(plan, sizes)
+        plan = replace(plan, dense_parameters=sizes.parameters, model_type=sizes.model_type)
     _check_weights(model, plan)
     modules = dict(model.named_modules())
     memo: dict[int, Any] = {}
     errors: dict[str, float] = {}
     new: dict[str, nn.Module] = {}
     for layer in plan.converted:
-        if layer.size.tied_to is None:
-            dense = modules[layer.size.name]
-            new[layer.size.name], errors[layer.size.name] = _fit(dense, layer.groups)
+        name, tied = layer.size.name, layer.size.tied_to
+        if tied is None:
+            new[name], errors[name] = _fit(modules[name], layer)
     for layer in plan.converted:
-        dense = modules[layer.size.name]
-        if layer.size.tied_to is not None:
-            table = new[layer.size.tied_to]
-            if not isinstance(table, KroneckerEmbedding):
-                raise PlanError(f"{layer.size.name!r}: it is tied to a layer that stays dense.")
-            new[layer.size.name] = KroneckerLMHead(table)
-        bias = getattr(dense, "bias", None)
+        name, tied = layer.size.name, layer.size.tied_to
+        if tied is not None:
+            table = new[tied]
+            assert isinstance(table, KroneckerEmbedding)  # _check_plan and the planner see to it
+            new[name] = KroneckerLMHead(table).train(modules[name].training)
+        bias = getattr(modules[name], "bias", None)
         if bias is not None:
             # The same Parameter (a head's bias is tied to the model's), or its one copy.
-            new[layer.size.name].bias = bias if inplace else copy.deepcopy(bias, memo)
+            new[name].bias = bias if inplace else copy.deepcopy(bias, memo)
+    plan = plan.with_errors(errors)
+    stored = _stored(model, plan)
     if "" in new:
         student = new[""]
     elif inplace:
-        for name, module in new.items():
-            _set(model, name, module)
+        swap(model, new)
         student = model
     else:
         memo.update({id(modules[name]): module for name, module in new.items()})
         student = copy.deepcopy(model, memo)
-    adopt(student, plan.with_errors(errors))
+    student.kronecker_plan = plan  # type: ignore[assignment]
+    if stored is not None:
+        from .hf import untie
+
+        student.config.quantization_config = stored  # type: ignore[union-attr]
+        untie(student)
     return student
 
 
@@ -117,23 +126,22 @@ def merge(model: nn.Module) -> nn.Module:
     found = {n: m for n, m in model.named_modules() if isinstance(m, KRONECKER_MODULES)}
     if not found:
         raise PlanError("merge: the model holds no Kronecker layer. Give the converted student.")
-    conv1d = {
-        layer.size.name
-        for layer in getattr(model, "kronecker_plan", None).layers
-        if layer.size.kind == "conv1d"
-    } if getattr(model, "kronecker_plan", None) else set()
     memo: dict[int, Any] = {}
-    tables: dict[int, nn.Embedding] = {}
     new: dict[str, nn.Module] = {}
+    tables: dict[int, nn.Embedding] = {}
     for name, module in found.items():
         if isinstance(module, KroneckerEmbedding):
-            tables[id(module)] = module.to_embedding()
-            new[name] = tables[id(module)]
+            new[name] = tables[id(module)] = module.to_embedding()
     for name, module in found.items():
         if isinstance(module, KroneckerLinear):
-            new[name] = _conv1d(module) if name in conv1d else module.to_linear()
+            new[name] = module.to_conv1d() if module.conv1d else module.to_linear()
         elif isinstance(module, KroneckerLMHead):
-            new[name] = module.to_linear(tables[id(module.__dict__["embedding"])])
+            if id(module.table) not in tables:
+                raise PlanError(
+                    f"merge: {name!r} is tied to an embedding outside the model. Merge the whole "
+                    "model."
+                )
+            new[name] = module.to_linear(tables[id(module.table)])
         bias = getattr(module, "bias", None)
         if bias is not None:
             new[name].bias = copy.deepcopy(bias, memo)
@@ -141,56 +149,35 @@ def merge(model: nn.Module) -> nn.Module:
         return new[""]
     memo.update({id(found[name]): module for name, module in new.items()})
     dense = copy.deepcopy(model, memo)
-    release(dense)
+    dense.__dict__.pop("kronecker_plan", None)
+    if _saves(dense):
+        from .hf import release
+
+        release(dense)
     return dense
 
 
-def adopt(model: nn.Module, plan: Plan) -> None:
-    """Mark ``model`` as converted by ``plan``, so that saving it writes the plan."""
-    model.kronecker_plan = plan  # type: ignore[assignment]
-    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        from .hf import KroneckerQuantizationConfig
-
-        model.config.quantization_config = KroneckerQuantizationConfig.from_plan(plan)
-        untie(model)
+def _saves(model: nn.Module) -> bool:
+    """Whether transformers saves it, with a config that can hold the plan."""
+    return hasattr(model, "config") and hasattr(model, "save_pretrained")
 
 
-def release(model: nn.Module) -> None:
-    """Undo `adopt` on a merged copy."""
-    if hasattr(model, "kronecker_plan"):
-        del model.kronecker_plan
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        del model.config.quantization_config
-    for module in model.modules():
-        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
-            module.__dict__.pop(name, None)
-        if hasattr(module, "get_expanded_tied_weights_keys"):
-            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+def _stored(model: nn.Module, plan: Plan) -> Any:
+    """The plan as config.json holds it; None for a model that transformers does not save."""
+    if not _saves(model):
+        return None
+    from .hf import KroneckerQuantizationConfig
+
+    return KroneckerQuantizationConfig.from_plan(plan)
 
 
-def untie(model: nn.Module) -> None:
-    """Take converted weights off transformers' lists of tied names: a `KroneckerLMHead` reads its
-    embedding itself, and there is no ``weight`` to tie any more."""
-    for module in model.modules():
-        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
-            pairs = getattr(module, attribute, None)
-            if isinstance(pairs, Mapping):
-                kept = {k: v for k, v in pairs.items() if _present(module, k) and _present(module, v)}
-                if len(kept) != len(pairs):
-                    setattr(module, attribute, kept)
-
-
-def _present(model: nn.Module, name: str) -> bool:
-    """False only for a parameter name whose module is a Kronecker one without it."""
-    parent, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(parent)
-    except AttributeError:
-        return True
-    return not isinstance(module, KRONECKER_MODULES) or leaf in module._parameters
-
-
-def _config(factor, preset, rules, keep, config) -> KroneckerConfig:
+def _config(
+    factor: float | None,
+    preset: str | None,
+    rules: Mapping[str, Any] | None,
+    keep: Sequence[str] | None,
+    config: KroneckerConfig | None,
+) -> KroneckerConfig:
     if config is not None:
         if any(given is not None for given in (factor, preset, rules, keep)):
             raise PlanError("config= holds factor, preset, rules and keep; give it alone.")
@@ -201,19 +188,31 @@ def _config(factor, preset, rules, keep, config) -> KroneckerConfig:
     return KroneckerConfig(**given)
 
 
-def _fit(dense: nn.Module, groups) -> tuple[nn.Module, float]:
+def _fit(dense: nn.Module, layer: PlannedLayer) -> tuple[nn.Module, float]:
+    groups = checked(layer.size, layer.groups)
     if isinstance(dense, nn.Embedding):
-        module, error = KroneckerEmbedding.from_embedding(dense, groups)
-    elif isinstance(dense, nn.Linear):
-        module, error = KroneckerLinear.from_linear(dense, groups)
-    else:
-        module, error = KroneckerLinear.from_conv1d(dense, groups)
-    for parameter in module.parameters():
-        parameter.requires_grad_(dense.weight.requires_grad)
-    return module, error
+        return KroneckerEmbedding.from_embedding(dense, groups)
+    if isinstance(dense, nn.Linear):
+        return KroneckerLinear.from_linear(dense, groups)
+    assert isinstance(dense, Conv1D)  # the inventory lists nothing else
+    return KroneckerLinear.from_conv1d(dense, groups)
 
 
-def _refuse_converted(model: nn.Module) -> None:
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)  # the inventory lists nothing else
+    return weight
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse a model that was converted before, or is wrapped by something that knows its names."""
+    inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if inner == "_orig_mod" or isinstance(model, parallel):
+        raise PlanError(
+            f"the model is wrapped in a {type(model).__name__}. Convert model.{inner}, and wrap "
+            "the student."
+        )
     for name, module in model.named_modules():
         if isinstance(module, KRONECKER_MODULES):
             raise PlanError(
@@ -224,14 +223,32 @@ def _refuse_converted(model: nn.Module) -> None:
 
 def _check_plan(plan: Plan, sizes: Inventory) -> None:
     known = {layer.name: layer for layer in sizes.layers}
+    converted = {layer.size.name for layer in plan.converted}
     for layer in plan.layers:
-        size = known.get(layer.size.name)
+        name, size = layer.size.name, known.get(layer.size.name)
         if size is None or (size.out, size.inner) != (layer.size.out, layer.size.inner):
             found = "no such layer" if size is None else f"a {size.out}x{size.inner} weight"
             raise PlanError(
-                f"{layer.size.name!r}: the plan expects a {layer.size.out}x{layer.size.inner} "
+                f"{name!r}: the plan expects a {layer.size.out}x{layer.size.inner} "
                 f"weight, the model has {found}. Make the plan from this model."
             )
+        if size.tied_to != layer.size.tied_to or (size.kind != layer.size.kind):
+            raise PlanError(
+                f"{name!r}: the plan expects {_described(layer.size.kind, layer.size.tied_to)}, "
+                f"the model has {_described(size.kind, size.tied_to)}. Make the plan from this "
+                "model."
+            )
+        if layer.groups and size.dense_because:
+            raise PlanError(f"{name!r} cannot be converted: {size.dense_because}.")
+        if size.tied_to and (size.tied_to in converted) != bool(layer.groups):
+            raise PlanError(
+                f"{name!r} shares its weight with {size.tied_to!r}: expected shapes for both or "
+                "neither. Edit the embedding; its head follows."
+            )
+
+
+def _described(kind: str, tied_to: str | None) -> str:
+    return f"a layer of kind {kind!r}" + (f" tied to {tied_to!r}" if tied_to else "")
 
 
 def _check_weights(model: nn.Module, plan: Plan) -> None:
@@ -243,41 +260,40 @@ def _check_weights(model: nn.Module, plan: Plan) -> None:
             "and quantise the student."
         )
     modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            rule = plan.config.rule(name)
+            if parametrize.is_parametrized(module) and not (rule and rule.dense):
+                raise PlanError(
+                    f"{name!r}: its weight is parametrised. Remove the parametrisation "
+                    "(torch.nn.utils.parametrize.remove_parametrizations), or keep the layer dense."
+                )
     for layer in plan.converted:
-        name, module = layer.size.name, modules[layer.size.name]
-        weight = module.weight
-        if weight.device.type == "meta":
-            raise PlanError(
-                f"{name!r}: its weight is on the meta device, there is nothing to decompose. Load "
-                "the weights (from_pretrained without a meta device or disk offload)."
-            )
-        if type(weight.data) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
-            raise PlanError(
-                f"{name!r}: its weight is a {type(weight.data).__name__} of {weight.dtype}, sharded "
-                "or quantised. Convert before sharding or quantising the model."
-            )
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise PlanError(
-                f"{name!r} carries forward hooks, which a new module would lose. Remove them, or "
-                "keep the layer dense."
-            )
-        if not torch.isfinite(weight).all():
-            raise PlanError(
-                f"{name!r}: its weight holds NaN or infinity. Use an intact checkpoint, or keep "
-                "the layer dense (keep=[its name])."
-            )
+        name = layer.size.name
+        _check_module(name, modules[name])
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _conv1d(module: KroneckerLinear) -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    linear = module.to_linear()
-    conv = Conv1D(module.out_features, module.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
-    conv.bias = nn.Parameter(conv.bias.detach().to(linear.weight.dtype))
-    return conv.train(module.training)
+def _check_module(name: str, module: nn.Module) -> None:
+    weight = _weight(module)
+    if weight.device.type == "meta":
+        raise PlanError(
+            f"{name!r}: its weight is on the meta device, there is nothing to decompose. Load "
+            "the weights (from_pretrained without a meta device or disk offload)."
+        )
+    plain = type(weight.data) in (torch.Tensor, nn.Parameter)
+    if not plain or not weight.is_floating_point():
+        raise PlanError(
+            f"{name!r}: its weight is a {type(weight.data).__name__} of {weight.dtype}, "
+            "sharded or quantised. Convert before sharding or quantising the model."
+        )
+    hooks = [key for key, value in vars(module).items() if key.endswith("_hooks") and value]
+    if hooks or "forward" in vars(module):
+        raise PlanError(
+            f"{name!r} carries hooks ({hooks[0] if hooks else 'its forward is replaced'}), which a "
+            "new module would lose. Remove them, or keep the layer dense."
+        )
+    if not torch.isfinite(weight).all():
+        raise PlanError(
+            f"{name!r}: its weight holds NaN or infinity. Use an intact checkpoint, or keep "
+            "the layer dense (keep=[its name])."
+        )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .decompose import nearest_kronecker
+from .errors import ShapeError
 from .linear import KroneckerTerms, dense_weight
 from .shapes import KroneckerShape, check_groups
 
@@ -34,9 +35,7 @@ class KroneckerEmbedding(KroneckerTerms):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.groups = (groups,) if isinstance(groups, KroneckerShape) else tuple(groups)
         check_groups(self.groups, num_embeddings, embedding_dim, "KroneckerEmbedding")
-        if padding_idx is not None and padding_idx < 0:
-            padding_idx += num_embeddings
-        self.padding_idx = padding_idx
+        self.padding_idx = self._checked_padding(padding_idx)
         self._new_matrices(
             [((s.a_out, s.rank, s.a_in), (s.rank, s.b_out, s.b_in)) for s in self.groups],
             device=device,
@@ -46,12 +45,12 @@ class KroneckerEmbedding(KroneckerTerms):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Entries of the table get variance 1, as `nn.Embedding` gives them; the padding row is 0."""
+        """Entries of the table get variance 1, as `nn.Embedding` gives them; padding's are 0."""
         for shape, a, b in zip(self.groups, self.matrices("a"), self.matrices("b"), strict=True):
             variance = 1 / (shape.rank * len(self.groups))
             a.normal_(std=variance**0.25)
             b.normal_(std=variance**0.25)
-            if self.padding_idx is not None and shape.b_out == 1:
+            if self.padding_idx is not None:
                 a[self.padding_idx] = 0
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -59,38 +58,64 @@ class KroneckerEmbedding(KroneckerTerms):
             ids, self.matrices("a"), self.matrices("b"), self.padding_idx
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (entries, width), multiplied out at every reading, with gradients.
+
+        For code that reads past the module; it takes the memory that `forward` avoids."""
+        return functional.rebuild_weight(self._a_first(), self.matrices("b"))
+
     @classmethod
     def from_embedding(
         cls, embedding: nn.Embedding, groups: KroneckerShape | Sequence[KroneckerShape]
     ) -> tuple[KroneckerEmbedding, float]:
         """The nearest table of these shapes, and its relative error."""
         weight = embedding.weight
+        # Made on the meta device: the initial values would be thrown away, and take random numbers.
         module = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
             groups,
             embedding.padding_idx,
-            device=weight.device,
+            device="meta",
             dtype=weight.dtype,
-        ).train(embedding.training)
+        )
+        module.to_empty(device=weight.device)
         a, b, error = nearest_kronecker(weight.detach(), module.groups)
-        module._fill([one.transpose(0, 1) for one in a], b)
-        return module, error
+        module._fill([one.transpose(0, 1) for one in a], b, weight)
+        return module.train(embedding.training), error
 
     def to_embedding(self) -> nn.Embedding:
         """The dense twin: the same table, multiplied out in float64."""
-        a = [one.transpose(0, 1) for one in self.matrices("a")]
+        a = self.matrices("a")[0]
         table = nn.Embedding(
-            self.num_embeddings,
-            self.embedding_dim,
-            self.padding_idx,
-            device=a[0].device,
-            dtype=a[0].dtype,
+            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta"
         )
-        with torch.no_grad():
-            table.weight.copy_(dense_weight(a, self.matrices("b")))
+        exact = dense_weight(self._a_first(), self.matrices("b"))
+        table.weight = nn.Parameter(exact.to(a.dtype), a.requires_grad)
         return table.train(self.training)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.shapes}{padding}"
+
+    def _a_first(self) -> list[Tensor]:
+        """The matrices a as products take them: (rank, a_out, a_in)."""
+        return [one.transpose(0, 1) for one in self.matrices("a")]
+
+    def _checked_padding(self, padding_idx: int | None) -> int | None:
+        """``padding_idx`` counted from the start."""
+        if padding_idx is None:
+            return None
+        if not -self.num_embeddings <= padding_idx < self.num_embeddings:
+            raise ShapeError(
+                f"KroneckerEmbedding: padding_idx={padding_idx}: expected an entry of the table, "
+                f"below {self.num_embeddings}."
+            )
+        if any(shape.b_out != 1 for shape in self.groups):
+            raise ShapeError(
+                f"KroneckerEmbedding: {self.shapes} with padding_idx={padding_idx}: the entries "
+                "share rows, so one of them cannot go without gradients. Use a shape with "
+                "b_out = 1, or padding_idx=None."
+            )
+        return padding_idx % self.num_embeddings

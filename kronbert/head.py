@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ class KroneckerLMHead(nn.Module):
     survives saving, copying and training without a second set of names. The (entries, width)
     matrix is never rebuilt: for a word embedding ``1 x n`` a product costs n times fewer FLOPs."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, embedding: KroneckerEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         # A plain attribute: registered, the embedding would be saved twice and counted twice.
@@ -23,23 +27,29 @@ class KroneckerLMHead(nn.Module):
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", bias)
 
+    @property
+    def table(self) -> KroneckerEmbedding:
+        """The embedding whose matrices the head reads."""
+        return self.__dict__["embedding"]
+
     def forward(self, h: Tensor) -> Tensor:
-        table: KroneckerEmbedding = self.__dict__["embedding"]
-        return functional.kron_logits(h, table.matrices("a"), table.matrices("b"), self.bias)
+        a, b = self.table.matrices("a"), self.table.matrices("b")
+        return functional.kron_logits(h, a, b, self.bias)
 
     def to_linear(self, table: nn.Embedding) -> nn.Linear:
         """The dense twin, tied to ``table``, the dense twin of its embedding."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = table.weight
-        linear.register_parameter("bias", self.bias)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        tied = self.__dict__["embedding"].shapes
-        return f"{self.in_features}, {self.out_features}, tied to {tied}, bias={self.bias is not None}"
+        sizes = f"{self.in_features}, {self.out_features}"
+        return f"{sizes}, tied to {self.table.shapes}, bias={self.bias is not None}"
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "weight" and isinstance(value, (torch.Tensor, nn.Parameter)):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, torch.Tensor):
             raise AttributeError(
                 "KroneckerLMHead has no weight: its table is the tied KroneckerEmbedding. "
                 "kronbert.merge(model) gives a dense head."

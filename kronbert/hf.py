@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -22,16 +24,19 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config import SCHEMA
+from .config import SCHEMA, KroneckerConfig, Rule
 from .embedding import KroneckerEmbedding
-from .errors import CheckpointError, near
+from .errors import CheckpointError, ShapeError, near
 from .head import KroneckerLMHead
+from .inventory import inventory, swap
 from .linear import KroneckerLinear
-from .planning import Plan
-from .shapes import Groups, KroneckerShape, parse_groups
+from .planning import Inventory, Plan, PlannedLayer
+from .shapes import Groups, check_groups, parse_groups
 
 METHOD = "kronecker"
 TIED = "tied to "
+TIED_NAMES = ("_tied_weights_keys", "all_tied_weights_keys")
+KRONECKER_MODULES = (KroneckerLinear, KroneckerEmbedding, KroneckerLMHead)
 
 
 class KroneckerQuantizationConfig(QuantizationConfigMixin):
@@ -40,7 +45,7 @@ class KroneckerQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: Mapping[str, str],
+        layers: Mapping[str, str] | None = None,
         dense_parameters: int = 0,
         schema: int = SCHEMA,
         quant_method: str = METHOD,
@@ -57,7 +62,14 @@ class KroneckerQuantizationConfig(QuantizationConfigMixin):
                 f"config.json: unknown key {key!r} in quantization_config. "
                 f"{near(key, ('layers', 'dense_parameters', 'schema'))}"
             )
-        self.quant_method = quant_method
+        if not isinstance(layers, Mapping) or not layers:
+            raise CheckpointError(
+                f"config.json: quantization_config has layers={layers!r}, expected a mapping from "
+                "module names to shapes. Save the student again."
+            )
+        for name, spec in layers.items():
+            _check_spec(name, spec)
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.schema = schema
         self.layers = dict(layers)
         self.dense_parameters = dense_parameters
@@ -88,20 +100,20 @@ class KroneckerQuantizer(HfQuantizer):
     quantization_config: KroneckerQuantizationConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        layers = place(model, self.quantization_config.layers)
+        sizes = inventory(model)
+        new = place(model, self.quantization_config.layers, sizes)
         files = kwargs.get("checkpoint_files")
         if files:
-            check_tensors([Path(file) for file in files], layers, model)
-        from .conversion import untie
-
+            check_tensors([Path(file) for file in files], new, model)
         untie(model)
+        model.kronecker_plan = _plan(sizes, new)  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             model.__dict__.pop(name, None)
         for module in model.modules():
             if hasattr(module, "config"):
-                module.config.__dict__.pop("_is_quantized", None)
+                vars(module.config).pop("_is_quantized", None)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -120,11 +132,14 @@ class KroneckerQuantizer(HfQuantizer):
         return True
 
 
-def place(model: nn.Module, layers: Mapping[str, str]) -> dict[str, nn.Module]:
+def place(
+    model: nn.Module, layers: Mapping[str, str], sizes: Inventory | None = None
+) -> dict[str, nn.Module]:
     """Swap the named dense modules of ``model`` for empty Kronecker ones; returns the new ones.
 
     Names are those of the saved class; another class of the same body (AutoModel) finds them with
-    its prefix added or removed, and layers it does not have (a head, a pooler) are left out."""
+    its prefix added or removed, layers it does not have (a head, a pooler) are left out, and a head
+    that it ties to a Kronecker embedding becomes a Kronecker one."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     modules = dict(model.named_modules())
 
@@ -135,42 +150,137 @@ def place(model: nn.Module, layers: Mapping[str, str]) -> dict[str, nn.Module]:
         return None
 
     new: dict[str, nn.Module] = {}
-    for saved, spec in sorted(layers.items(), key=lambda item: item[1].startswith(TIED)):
+    layout = sizes or inventory(model)
+    heads: dict[str, str | None] = {x.name: x.tied_to for x in layout.layers if x.tied_to}
+    for saved, spec in layers.items():
         name = local(saved)
         if name is None:
             continue
-        dense = modules[name]
-        if spec.startswith(TIED):
-            table = new.get(local(spec.removeprefix(TIED)) or "")
-            if not isinstance(table, KroneckerEmbedding):
-                raise CheckpointError(
-                    f"config.json: {saved!r} is {spec}, which is no Kronecker embedding of this "
-                    "model. Save the student again."
-                )
-            new[name] = KroneckerLMHead(table, getattr(dense, "bias", None))
-        else:
-            new[name] = _empty_like(dense, parse_groups(spec), saved)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new[name])
+        if not spec.startswith(TIED):
+            new[name] = _empty_like(modules[name], parse_groups(spec), saved)
+            continue
+        if spec.removeprefix(TIED) not in layers:
+            raise CheckpointError(
+                f"config.json: {saved!r} is {spec}, which is no Kronecker embedding of this "
+                "model. Save the student again."
+            )
+        heads[name] = local(spec.removeprefix(TIED))
+    for name, tied_to in heads.items():
+        table = new.get(tied_to or "")
+        if isinstance(table, KroneckerEmbedding):
+            new[name] = KroneckerLMHead(table, getattr(modules[name], "bias", None))
     if not new:
         raise CheckpointError(
             f"config.json: none of the Kronecker layers ({next(iter(layers), 'none')!r}, ...) is "
             f"in {type(model).__name__}. Load it with the class that saved it."
         )
+    swap(model, new)
     return new
 
 
+def _plan(sizes: Inventory, new: Mapping[str, nn.Module]) -> Plan:
+    """The plan that a loaded model stands for; errors of the fits are not stored."""
+    names = {id(module): name for name, module in new.items()}
+    parameters, layers = sizes.parameters, []
+    for size in sizes.layers:
+        module = new.get(size.name)
+        if isinstance(module, KroneckerLMHead) and not size.tied_to:
+            # The saved model tied what its class, by its config, does not.
+            size = replace(size, kind="head", tied_to=names[id(module.table)])
+            parameters -= size.out * size.inner
+        layers.append(PlannedLayer(size=size, groups=groups_of(module) if module else ()))
+    rules = {
+        layer.size.name: Rule(groups=layer.groups)
+        for layer in layers
+        if layer.groups and not layer.size.tied_to
+    }
+    return Plan(
+        layers=tuple(layers),
+        dense_parameters=parameters,
+        config=KroneckerConfig(rules=rules),
+        model_type=sizes.model_type,
+    )
+
+
+def groups_of(module: nn.Module) -> Groups:
+    """The shapes of a Kronecker module; a head's are its embedding's."""
+    if isinstance(module, KroneckerLMHead):
+        return module.table.groups
+    assert isinstance(module, KroneckerLinear | KroneckerEmbedding)
+    return module.groups
+
+
+def untie(model: nn.Module) -> None:
+    """Take converted weights off transformers' lists of tied names: a `KroneckerLMHead` reads its
+    embedding itself, and there is no ``weight`` to tie any more."""
+    for module in model.modules():
+        for attribute in TIED_NAMES:
+            pairs = getattr(module, attribute, None)
+            if isinstance(pairs, Mapping):
+                kept = {
+                    target: source
+                    for target, source in pairs.items()
+                    if _present(module, target) and _present(module, source)
+                }
+                if len(kept) != len(pairs):
+                    setattr(module, attribute, kept)
+
+
+def release(model: nn.Module) -> None:
+    """Undo what `convert` and `untie` wrote, on a merged copy."""
+    config: Any = model.config
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    for module in model.modules():
+        for name in TIED_NAMES:
+            module.__dict__.pop(name, None)
+        expanded = getattr(module, "get_expanded_tied_weights_keys", None)
+        if expanded is not None:
+            module.all_tied_weights_keys = expanded(all_submodels=True)
+
+
+def _present(model: nn.Module, name: str) -> bool:
+    """False only for a parameter name whose module is a Kronecker one without it."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:
+        return True
+    return not isinstance(module, KRONECKER_MODULES) or leaf in module._parameters
+
+
+def _check_spec(name: str, spec: Any) -> None:
+    try:
+        if not isinstance(spec, str):
+            raise ShapeError(f"{spec!r}: expected text.")
+        if not spec.startswith(TIED):
+            parse_groups(spec)
+    except ShapeError as error:
+        raise CheckpointError(f"config.json: layer {name!r}: {error}") from error
+
+
 def _empty_like(dense: nn.Module, groups: Groups, name: str) -> nn.Module:
-    to = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    check = {"embedding": isinstance(dense, nn.Embedding)}
-    if check["embedding"]:
-        return KroneckerEmbedding(
-            dense.num_embeddings, dense.embedding_dim, groups, dense.padding_idx, **to
+    if isinstance(dense, nn.Embedding | nn.Linear):
+        out, inner = dense.weight.shape
+    elif isinstance(dense, Conv1D):
+        inner, out = dense.weight.shape
+    else:
+        raise CheckpointError(
+            f"config.json: layer {name!r} is a {type(dense).__name__} in this model, expected a "
+            "Linear, Conv1D or Embedding. Load it with the class that saved it."
         )
-    inner, out = dense.weight.shape
-    if isinstance(dense, nn.Linear):
-        out, inner = inner, out
-    return KroneckerLinear(inner, out, groups, bias=dense.bias is not None, **to)
+    try:
+        check_groups(groups, out, inner, repr(name))
+    except ShapeError as error:
+        raise CheckpointError(
+            f"config.json: {error} The sizes in config.json were changed after saving."
+        ) from error
+    device, dtype = dense.weight.device, dense.weight.dtype
+    if isinstance(dense, nn.Embedding):
+        return KroneckerEmbedding(out, inner, groups, dense.padding_idx, device, dtype)
+    module = KroneckerLinear(inner, out, groups, dense.bias is not None, device, dtype)
+    module.conv1d = isinstance(dense, Conv1D)
+    return module
 
 
 def check_tensors(files: list[Path], layers: Mapping[str, nn.Module], model: nn.Module) -> None:
@@ -244,10 +354,4 @@ def register() -> None:
         register_quantizer(METHOD)(KroneckerQuantizer)
 
 
-def shapes_of(config: Any) -> dict[str, tuple[KroneckerShape, ...]]:
-    """Module name -> shapes of a model config's Kronecker layers (tied heads left out)."""
-    stored = getattr(config, "quantization_config", None)
-    layers = stored.get("layers", {}) if isinstance(stored, dict) else getattr(stored, "layers", {})
-    return {n: parse_groups(spec) for n, spec in layers.items() if not spec.startswith(TIED)}
-
-
+register()

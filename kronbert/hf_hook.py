@@ -6,6 +6,7 @@ Importing transformers' quantizer registry costs more than half of `import torch
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -13,6 +14,13 @@ from types import ModuleType
 from typing import Any
 
 REGISTRY = "transformers.quantizers.auto"
+
+
+def _register() -> None:
+    # Registers while it is imported. A thread that is importing it now does so when it is done.
+    hf = importlib.import_module(".hf", __package__)
+    if hasattr(hf, "register"):
+        hf.register()
 
 
 class _RegisterAfter(importlib.abc.Loader):
@@ -25,28 +33,37 @@ class _RegisterAfter(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # The module keeps no trace of us: its source, data and pickles come from its own loader.
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        from .hf import register
-
-        register()
+        _register()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: asks the other finders, whoever they are, and wraps their answer.
+
+    It stays: a module that was only looked up, or is reloaded, must be registered with later."""
+
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != REGISTRY:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisterAfter(spec.loader)
-        return spec
+        for finder in list(sys.meta_path):
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find else None
+            if spec is not None:
+                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                    spec.loader = _RegisterAfter(spec.loader)
+                return spec
+        return None
 
 
 def install() -> None:
-    """Register at once if the registry is loaded, else when it is."""
-    if REGISTRY in sys.modules:
-        from .hf import register
-
-        register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Register at once if the registry is loaded, and whenever it is loaded."""
+    # By name: after importlib.reload the class is another one, and two would ask each other.
+    ours = (_Finder.__module__, _Finder.__qualname__)
+    if not any((type(f).__module__, type(f).__qualname__) == ours for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+    if REGISTRY in sys.modules:
+        _register()

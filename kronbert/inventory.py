@@ -1,13 +1,16 @@
-"""From a model, or only its config, to the sizes a plan needs."""
+"""Reads a model, or only its config, for planning: layers and sizes. And swaps layers."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError
@@ -20,7 +23,7 @@ READ_AS_WEIGHT = ("*rel_embeddings", "*relative_attention_bias", "*position_embe
 """Embeddings whose ``.weight`` the model reads itself, past the module (DeBERTa-v2)."""
 
 READ_AS_WEIGHT_HEADS = ("mobilebert",)
-"""Model types whose masked-LM head reads ``decoder.weight`` itself: their tied table stays dense."""
+"""Model types whose masked-LM head reads ``decoder.weight`` itself: the tied table stays dense."""
 
 
 def inventory(model_or_config: Any) -> Inventory:
@@ -38,24 +41,33 @@ def inventory(model_or_config: Any) -> Inventory:
             "transformers config. For a hub name: AutoConfig.from_pretrained(name)."
         )
     model_type = getattr(getattr(model, "config", None), "model_type", "")
-    tables: dict[int, str] = {}
-    weights: dict[int, str] = {}
+    modules = {name: m for name, m in model.named_modules() if _kind(name, m) is not None}
+    weights: dict[str, torch.Tensor] = {name: m.weight for name, m in modules.items()}
+    tables = {id(weights[name]): name for name, m in modules.items() if type(m) is nn.Embedding}
+    # A table may have heads; any other sharing ties two layers that would go separate ways.
+    readers = Counter(
+        id(weights[name])
+        for name, m in modules.items()
+        if id(weights[name]) not in tables or type(m) is nn.Embedding
+    )
     layers = []
-    for name, module in model.named_modules():
-        if type(module) is nn.Embedding:
-            tables[id(module.weight)] = name
-    for name, module in model.named_modules():
+    for name, module in modules.items():
+        weight = weights[name]
         kind = _kind(name, module)
-        if kind is None:
-            continue
-        weight = module.weight
+        assert kind is not None  # the others are not in `modules`
+        if weight.dim() != 2:
+            raise PlanError(
+                f"{name!r}: its weight has shape {tuple(weight.shape)}, expected two dimensions. "
+                "Convert before sharding the model (FSDP, DeepSpeed)."
+            )
         out, inner = weight.T.shape if kind == "conv1d" else weight.shape
-        because, tied = _dense_reason(name, kind, out, model_type), None
-        if kind in ("linear", "conv1d") and id(weight) in tables:
-            kind, tied = "head", tables[id(weight)]
-        elif id(weight) in weights:
-            because = f"it shares its weight with {weights[id(weight)]!r}"
-        weights.setdefault(id(weight), name)
+        tied = tables.get(id(weight)) if kind == "linear" else None
+        if tied:
+            kind = "head"
+        because = _dense_reason(name, module, kind, model_type)
+        if readers[id(weight)] > 1:
+            others = [n for n, w in weights.items() if w is weight and n != name]
+            because = f"it shares its weight with {others[0]!r}"
         layers.append(
             LayerSize(
                 name=name,
@@ -69,7 +81,8 @@ def inventory(model_or_config: Any) -> Inventory:
         )
     if model_type in READ_AS_WEIGHT_HEADS:
         heads = {layer.tied_to for layer in layers if layer.tied_to}
-        layers = [_read_by_head(layer) if layer.name in heads else layer for layer in layers]
+        reason = "the masked-LM head reads its weight directly"
+        layers = [replace(x, dense_because=reason) if x.name in heads else x for x in layers]
     total = sum(parameter.numel() for parameter in model.parameters())
     return Inventory(layers=tuple(layers), parameters=total, model_type=model_type)
 
@@ -79,12 +92,31 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
     import transformers
 
     names = getattr(config, "architectures", None) or []
-    model_class = getattr(transformers, names[0], None) if names else None
+    if names and not hasattr(transformers, names[0]):
+        raise PlanError(
+            f"config.architectures names {names[0]!r}, which transformers does not have. Build the "
+            "model and pass it instead of its config."
+        )
     with torch.device("meta"):
-        return model_class(config) if model_class else AutoModel.from_config(config)
+        if names:
+            return getattr(transformers, names[0])(config)
+        return transformers.AutoModel.from_config(config)
+
+
+def swap(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put ``new`` (full name -> module) in the places of the modules of those names.
+
+    A module that stands in several places is swapped in all of them."""
+    modules = dict(model.named_modules())
+    instead = {id(modules[name]): module for name, module in new.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in instead:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, instead[id(module)])
 
 
 def _kind(name: str, module: nn.Module) -> Kind | None:
+    """None for anything else, subclasses too: they may compute something else."""
     if type(module) is nn.Linear:
         return "linear"
     if type(module) is Conv1D:
@@ -103,17 +135,14 @@ def _group(name: str, kind: Kind) -> Group:
     return "attention" if any("attention" in p or "attn" in p for p in parts) else "feed-forward"
 
 
-def _dense_reason(name: str, kind: Kind, rows: int, model_type: str) -> str | None:
+def _dense_reason(name: str, module: nn.Module, kind: Kind, model_type: str) -> str | None:
     if any(fnmatchcase(name, pattern) for pattern in READ_AS_WEIGHT):
         return "the model reads its weight directly"
     if model_type in READ_AS_WEIGHT_HEADS and name.endswith("predictions.dense"):
         return "the model reads its weight directly"
-    if kind in ("embedding", "position") and rows < SMALLEST_TABLE:
-        return f"{rows} rows are too few to be worth a product"
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            return "max_norm, scale_grad_by_freq and sparse have no Kronecker form"
+        if module.num_embeddings < SMALLEST_TABLE:
+            return f"{module.num_embeddings} rows are too few to be worth a product"
     return None
-
-
-def _read_by_head(layer: LayerSize) -> LayerSize:
-    from dataclasses import replace
-
-    return replace(layer, dense_because="the masked-LM head reads its weight directly")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,33 +12,40 @@ from . import functional
 from .decompose import nearest_kronecker
 from .shapes import Groups, KroneckerShape, check_groups
 
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+
 
 class KroneckerTerms(nn.Module):
     """Holds the matrices of a sum of groups: ``a``, ``b``, then ``a_1``, ``b_1``, ..."""
 
     groups: Groups
 
-    def matrices(self, letter: str) -> list[Tensor]:
+    def matrices(self, letter: str) -> list[nn.Parameter]:
         """The parameters called ``letter`` ("a" or "b"), one per group."""
         return [
             getattr(self, letter if i == 0 else f"{letter}_{i}") for i in range(len(self.groups))
         ]
 
-    def _new_matrices(self, sizes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], **to) -> None:
+    @property
+    def shapes(self) -> str:
+        return " + ".join(str(shape) for shape in self.groups)
+
+    def _new_matrices(
+        self, sizes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], **to: Any
+    ) -> None:
         for i, (a_size, b_size) in enumerate(sizes):
             end = "" if i == 0 else f"_{i}"
             self.register_parameter(f"a{end}", nn.Parameter(torch.empty(a_size, **to)))
             self.register_parameter(f"b{end}", nn.Parameter(torch.empty(b_size, **to)))
 
     @torch.no_grad()
-    def _fill(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    def _fill(self, a: Sequence[Tensor], b: Sequence[Tensor], like: Tensor) -> None:
+        """Take these values; trainable where the dense weight ``like`` is."""
         for letter, values in (("a", a), ("b", b)):
             for parameter, value in zip(self.matrices(letter), values, strict=True):
                 parameter.copy_(value)
-
-    @property
-    def shapes(self) -> str:
-        return " + ".join(str(shape) for shape in self.groups)
+                parameter.requires_grad_(like.requires_grad)
 
 
 class KroneckerLinear(KroneckerTerms):
@@ -46,6 +54,11 @@ class KroneckerLinear(KroneckerTerms):
     x (..., a_in * b_in) -> (..., a_out * b_out). groups: one shape, or several that are summed.
     Parameters: a (rank, a_out, a_in), b (rank, b_out, b_in), bias (out) or None; for a second group
     a_1, b_1. Initialised so that outputs keep the scale `nn.Linear`'s initialisation gives them."""
+
+    conv1d = False
+    """Whether it stands for transformers' `Conv1D`, and `kronbert.merge` gives one back."""
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -84,63 +97,78 @@ class KroneckerLinear(KroneckerTerms):
     def forward(self, x: Tensor) -> Tensor:
         return functional.kron_linear(x, self.matrices("a"), self.matrices("b"), self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), multiplied out at every reading, with gradients.
+
+        For code that reads past the module, as `nn.TransformerEncoderLayer` does in eval mode; it
+        costs the product that `forward` avoids."""
+        return functional.rebuild_weight(self.matrices("a"), self.matrices("b"))
+
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, groups: KroneckerShape | Sequence[KroneckerShape]
     ) -> tuple[KroneckerLinear, float]:
         """The nearest layer of these shapes to ``linear``, and its relative weight error."""
-        module = cls._like(linear, linear.out_features, linear.in_features, groups)
-        return module, module._fit(linear.weight, linear.bias)
+        return cls._nearest(linear.weight, linear, groups)
 
     @classmethod
     def from_conv1d(
-        cls, conv: nn.Module, groups: KroneckerShape | Sequence[KroneckerShape]
+        cls, conv: Conv1D, groups: KroneckerShape | Sequence[KroneckerShape]
     ) -> tuple[KroneckerLinear, float]:
         """The same for transformers' `Conv1D`, which stores its weight (in, out)."""
-        inner, out = conv.weight.shape
-        module = cls._like(conv, out, inner, groups)
-        return module, module._fit(conv.weight.T, conv.bias)
+        module, error = cls._nearest(conv.weight.T, conv, groups)
+        module.conv1d = True
+        return module, error
 
     def to_linear(self) -> nn.Linear:
         """The dense twin: the same function, the weight multiplied out in float64."""
         a, b = self.matrices("a"), self.matrices("b")
-        linear = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=a[0].device,
-            dtype=a[0].dtype,
-        )
-        with torch.no_grad():
-            linear.weight.copy_(dense_weight(a, b))
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        linear.weight.requires_grad_(a[0].requires_grad)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(dense_weight(a, b).to(a[0].dtype), a[0].requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear.train(self.training)
 
+    def to_conv1d(self) -> Conv1D:
+        """The dense twin as transformers' `Conv1D`, which has a bias always."""
+        from transformers.pytorch_utils import Conv1D
+
+        linear = self.to_linear()
+        with torch.device("meta"):
+            conv = Conv1D(self.out_features, self.in_features)
+        weight = linear.weight
+        conv.weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+        conv.bias = nn.Parameter(weight.new_zeros(self.out_features))
+        if self.bias is not None:
+            conv.bias = linear.bias
+        return conv.train(self.training)
+
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.shapes}, bias={self.bias is not None}"
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, {self.shapes}, bias={bias}"
 
     @classmethod
-    def _like(cls, dense: nn.Module, out: int, inner: int, groups) -> KroneckerLinear:
-        return cls(
-            inner,
-            out,
-            groups,
-            bias=dense.bias is not None,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        ).train(dense.training)
-
-    @torch.no_grad()
-    def _fit(self, weight: Tensor, bias: Tensor | None) -> float:
-        a, b, error = nearest_kronecker(weight.detach(), self.groups)
-        self._fill(a, b)
-        if bias is not None:
-            self.bias.copy_(bias)
-        return error
+    def _nearest(
+        cls,
+        weight: Tensor,
+        dense: nn.Linear | Conv1D,
+        groups: KroneckerShape | Sequence[KroneckerShape],
+    ) -> tuple[KroneckerLinear, float]:
+        """weight (out, in): that of ``dense``, as `nn.Linear` stores it."""
+        out, inner = weight.shape
+        # Made on the meta device: the initial values would be thrown away, and take random numbers.
+        module = cls(inner, out, groups, bias=False, device="meta", dtype=weight.dtype)
+        module.to_empty(device=weight.device)
+        a, b, error = nearest_kronecker(weight.detach(), module.groups)
+        module._fill(a, b, weight)
+        if dense.bias is not None:
+            module.bias = nn.Parameter(dense.bias.detach().clone(), dense.bias.requires_grad)
+        return module.train(dense.training), error
 
 
 def dense_weight(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """``sum a ⊗ b`` rounded once: multiplied out in float64."""
-    return functional.rebuild_weight([t.detach().double() for t in a], [t.double() for t in b])
+    """``sum a ⊗ b`` in float64, without gradients."""
+    return functional.rebuild_weight(
+        [one.detach().double() for one in a], [one.detach().double() for one in b]
+    )

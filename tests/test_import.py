@@ -47,12 +47,19 @@ def python(tmp_path):
     return run
 
 
-def test_import_is_light(python):
-    """Nothing heavy beyond what torch, transformers and its quantizer registry load themselves."""
+@pytest.mark.parametrize(
+    ("names", "base"),
+    [
+        ("kronbert", "torch, transformers"),
+        ("kronbert.conversion, kronbert.planning", "torch, transformers.models.auto.modeling_auto"),
+        ("kronbert.checkpoint", "torch, transformers.quantizers.auto, transformers.modeling_utils"),
+    ],
+)
+def test_import_is_light(python, names, base):
+    """Nothing heavy beyond what torch and transformers load by themselves, at first use neither."""
     code = "import json, sys, {}; print(json.dumps(sorted(sys.modules)))"
-    base = set(python(code.format("torch, transformers, transformers.quantizers.auto")))
-    loaded = set(python(code.format("kronbert")))
-    assert sorted((loaded - base) & set(HEAVY)) == []
+    added = set(python(code.format(names))) - set(python(code.format(base)))
+    assert sorted(added & set(HEAVY)) == []
 
 
 def test_import_makes_no_cuda_call(python):
@@ -86,6 +93,9 @@ print(json.dumps([i for i, (a, b) in enumerate(zip(before, state())) if a != b])
         "import kronbert",
         "import transformers.quantizers.auto, kronbert",
         "from transformers import AutoModel; import kronbert",
+        "import kronbert; from transformers import AutoModel",
+        # Looking for a module is not importing it.
+        "import importlib.util, kronbert; importlib.util.find_spec('transformers.quantizers.auto')",
     ],
 )
 def test_transformers_knows_the_format(python, imports):

@@ -1,0 +1,91 @@
+"""Writes the README's tables from the JSON files in examples/results; --check only compares.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME picks the function below.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "examples" / "results"
+TITLES = {
+    "teacher": "MiniLM-L6 (teacher)",
+    "kronecker": "**kronbert**",
+    "svd": "truncated SVD",
+    "dense": "dense, 2 layers",
+}
+
+
+def compare() -> str:
+    """Students of one size, from compare.json: score, retention, parameters, latency ratio."""
+    content = json.loads((RESULTS / "compare.json").read_text())
+    lines = [
+        "| task | student | parameters | smaller | score | kept | latency, batch 1 / 8 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for task in dict.fromkeys(row["task"] for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["task"] == task]
+        teacher = rows[0]
+        for row in rows:
+            lines.append("| " + " | ".join(cells(row, teacher)) + " |")
+    versions = content["versions"]
+    lines += [
+        "",
+        f"Dev-set scores of the last step, seed {content['seed']}; latency: times as fast as the "
+        f"teacher in float32 at sequence 128, {content['machine']}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; "
+        f"[examples/results/compare.json](examples/results/compare.json), made by "
+        f"`{content['command']}` at commit {content['commit'][:8]}.",
+    ]
+    return "\n".join(lines)
+
+
+def cells(row: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
+    def main_score(of: dict[str, Any]) -> float:
+        return next(iter(next(iter(of["scores"].values())).values()))
+
+    shown = [
+        f"{name} {100 * value:.1f}"
+        for values in row["scores"].values()
+        for name, value in values.items()
+    ]
+    latency = row.get("latency", {}).get("ratio", {})
+    ratio = " / ".join(f"{latency[size]:.1f}x" for size in ("1", "8")) if latency else "1"
+    return [
+        row["task"],
+        TITLES[row["student"]],
+        f"{row['parameters'] / 1e6:.2f} M",
+        f"{teacher['parameters'] / row['parameters']:.1f}x",
+        ", ".join(shown),
+        f"{100 * main_score(row) / main_score(teacher):.1f} %",
+        ratio,
+    ]
+
+
+def rewritten(text: str) -> str:
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+TABLES = {"compare": compare}
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = rewritten(before)
+    if "--check" in sys.argv:
+        sys.exit(None if after == before else "README.md differs from examples/results: run me.")
+    readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m kronbert`: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,297 @@
+"""The command line: plan, convert, compress, evaluate, report, bench and demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import KronbertError, PlanError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Transformer encoders 8 to 20 times smaller, as sums of Kronecker products.",
+)
+out = Console()
+
+Model = Annotated[str, typer.Argument(help="hub name, or a folder with config.json")]
+Factor = Annotated[
+    float | None, typer.Option(help="parameters before / after, whole model; 19 = 19 times smaller")
+]
+Preset = Annotated[str | None, typer.Option(help="the paper's shapes: k5, k8, k19 or k21")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", help="NAME=VALUE, VALUE: dense, 384x48*2x16, rank:4 or factor:8"),
+]
+Keep = Annotated[list[str] | None, typer.Option(help="pattern of names that stay dense")]
+DataDir = Annotated[
+    str | None, typer.Option(help="folder with GLUE's TSV files, TASK/train.tsv; else the hub")
+]
+
+
+@app.command()
+def plan(
+    model: Model,
+    factor: Factor = None,
+    preset: Preset = None,
+    rule: Rules = None,
+    keep: Keep = None,
+    weights: Annotated[
+        bool, typer.Option(help="load the weights too, and print the error of every fit")
+    ] = False,
+    save: Annotated[Path | None, typer.Option(help="write the plan as JSON")] = None,
+) -> None:
+    """Print what becomes of every layer; no weights are needed."""
+    from transformers import AutoConfig
+
+    import kronbert
+
+    from .job import _open
+
+    source = open_model(model) if weights else _open(AutoConfig, model)
+    made = kronbert.plan(source, factor=factor, preset=preset, rules=parse_rules(rule), keep=keep)
+    out.print(made)
+    if save is not None:
+        save.write_text(json.dumps(made.to_json(), indent=1) + "\n")
+
+
+@app.command()
+def convert(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="folder for the student")],
+    factor: Factor = None,
+    preset: Preset = None,
+    rule: Rules = None,
+    keep: Keep = None,
+    from_plan: Annotated[
+        Path | None, typer.Option("--plan", help="JSON that `kronbert plan --save` wrote")
+    ] = None,
+) -> None:
+    """Write an initialised student: the nearest sums of Kronecker products, not yet distilled."""
+    import kronbert
+
+    dense = open_model(model)
+    if from_plan is not None:
+        made = kronbert.Plan.from_json(json.loads(from_plan.read_text()))
+        student = kronbert.convert(
+            dense, factor, preset=preset, rules=parse_rules(rule), keep=keep, plan=made
+        )
+    else:
+        student = kronbert.convert(dense, factor, preset=preset, rules=parse_rules(rule), keep=keep)
+    out.print(student.kronecker_plan)
+    student.save_pretrained(output)
+    copy_tokenizer(model, output)
+    out.print(f"wrote {output}")
+
+
+@app.command()
+def compress(
+    model: Annotated[
+        str, typer.Option(help="teacher: hub name or folder, with a task head or not")
+    ],
+    task: Annotated[str, typer.Option(help="a GLUE name, or a folder of tables")],
+    output: Annotated[str, typer.Option(help="folder for student, report and pictures")],
+    factor: Factor = None,
+    preset: Preset = None,
+    data_dir: DataDir = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="of a folder of tables; twice for pairs")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="of a folder of tables")] = None,
+    stage1_text: Annotated[
+        str | None, typer.Option(help="general text for stage 1: a file, or a hub data set")
+    ] = None,
+    stage1_words: Annotated[int | None, typer.Option(help="stop reading it after so many")] = None,
+    stage1_epochs: Annotated[float | None, typer.Option()] = None,
+    stage1_learning_rate: Annotated[float | None, typer.Option()] = None,
+    epochs: Annotated[float | None, typer.Option(help="of stage 2; default: the recipe's")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="of stage 2")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="rows per step")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
+    teacher_epochs: Annotated[float, typer.Option(help="if the teacher must be fine-tuned")] = 3,
+    teacher_learning_rate: Annotated[float | None, typer.Option()] = None,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
+    limit: Annotated[int | None, typer.Option(help="training rows, for a trial")] = None,
+    seed: int = 42,
+) -> None:
+    """Fine-tune (if need be), convert, distil, evaluate and report. Run again to resume."""
+    from .job import CompressSettings
+    from .job import compress as run
+
+    settings = CompressSettings(
+        model=model,
+        task=task,
+        output=output,
+        factor=factor,
+        preset=preset,
+        data_dir=data_dir,
+        text_columns=tuple(text_column) if text_column else None,
+        label_column=label_column,
+        stage1_text=stage1_text,
+        stage1_words=stage1_words,
+        stage1_epochs=stage1_epochs,
+        stage1_learning_rate=stage1_learning_rate,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_length=max_length,
+        teacher_epochs=teacher_epochs,
+        teacher_learning_rate=teacher_learning_rate,
+        precision=precision,
+        limit=limit,
+        seed=seed,
+    )
+    finish(run(settings, out.print), output)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="a GLUE name, or a folder of tables")],
+    data_dir: DataDir = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
+) -> None:
+    """Score a model (dense or converted) on a task's dev set with the task's own metrics."""
+    from transformers import AutoTokenizer
+
+    from .distill.data import load_task, tokenize
+    from .distill.finetune import evaluate as score
+    from .job import _open, open_teacher
+
+    data = load_task(task, data_dir=data_dir)
+    fine_tuned, tuned = open_teacher(model, data.task)
+    if not tuned:
+        raise PlanError(f"{model}: has no head fine-tuned for a task, so there is no score.")
+    tokenizer = _open(AutoTokenizer, model)
+    scores = score(fine_tuned, tokenize(data, tokenizer, max_length), tokenizer)
+    out.print(f"{model} on {data.task.name} ({data.source})")
+    for name, values in scores.items():
+        out.print(f"{name}: " + ", ".join(f"{k} {100 * v:.2f}" for k, v in values.items()))
+
+
+@app.command()
+def report(
+    student: Model,
+    teacher: Annotated[str | None, typer.Option(help="the dense model, to compare with")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for report.md, .json, picture")
+    ] = None,
+    latency: Annotated[bool, typer.Option(help="time both models")] = True,
+) -> None:
+    """Parameters, bytes, FLOPs, latency and error per layer of a saved student."""
+    import kronbert
+
+    made = kronbert.report(
+        open_model(student), open_model(teacher) if teacher else None, latency=latency
+    )
+    out.print(made)
+    if output is not None:
+        made.save(output)
+        out.print(f"wrote {output}")
+
+
+@app.command()
+def bench(
+    model: Model,
+    factor: Factor = None,
+    preset: Preset = None,
+    batch_size: Annotated[list[int] | None, typer.Option()] = None,
+    sequence_length: int = 128,
+) -> None:
+    """Latency of a model beside its converted twin, alternating in one process."""
+    import kronbert
+
+    dense = open_model(model).eval()
+    student = kronbert.convert(dense, factor, preset=preset)
+    out.print(
+        kronbert.report(
+            student, dense, batch_sizes=tuple(batch_size or (1, 8)), sequence_length=sequence_length
+        )
+    )
+
+
+@app.command()
+def demo(
+    output: str = "kronbert-demo",
+    data_dir: DataDir = None,
+    factor: float = 8.0,
+    seed: int = 42,
+) -> None:
+    """Compress MiniLM for sentiment, end to end; no network beyond the package registry."""
+    from .demo import run_demo
+
+    finish(run_demo(output, data_dir, factor, seed, out.print), output)
+
+
+def finish(content: dict[str, Any], output: str) -> None:
+    scores, metric = content["scores"], content["task"]["primary"]
+    first = next(iter(scores["student"]))
+    teacher, student = scores["teacher"][first][metric], scores["student"][first][metric]
+    out.print(
+        f"{metric}: teacher {100 * teacher:.1f}, student {100 * student:.1f}; "
+        f"read {Path(output) / 'report.md'}"
+    )
+
+
+def open_model(name: str) -> Any:
+    """A model with the class that saved it."""
+    import transformers
+
+    from .job import _open
+
+    config = _open(transformers.AutoConfig, name)
+    saved_as = (config.architectures or ["AutoModel"])[0]
+    return _open(getattr(transformers, saved_as, transformers.AutoModel), name)
+
+
+def copy_tokenizer(model: str, output: Path) -> None:
+    """The tokenizer travels with the student, where the model has one."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    except (OSError, ValueError):
+        out.print(f"{model} has no tokenizer: none is copied.")
+
+
+def parse_rules(rules: list[str] | None) -> dict[str, Any] | None:
+    """NAME=VALUE pairs as `KroneckerConfig` takes them."""
+    if not rules:
+        return None
+    parsed: dict[str, Any] = {}
+    for text in rules:
+        name, equals, value = text.rpartition("=")
+        if not equals:
+            raise PlanError(
+                f"--rule {text!r}: expected NAME=VALUE, for example 're:.*query=dense'."
+            )
+        key, colon, number = value.partition(":")
+        if colon and key in ("rank", "factor"):
+            try:
+                parsed[name] = {key: int(number) if key == "rank" else float(number)}
+            except ValueError as error:
+                raise PlanError(f"--rule {text!r}: {number!r} is no number.") from error
+        else:
+            parsed[name] = value
+    return parsed
+
+
+def main() -> None:
+    """Entry point of the ``kronbert`` command: errors of ours are one message, not a traceback."""
+    try:
+        app()
+    except KronbertError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"{type(error).__name__}: {error}", markup=False, highlight=False
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What `kronbert compress` leaves behind: report.md, report.json and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import pictures
+from .reporting import report
+
+SCHEMA = 1
+
+
+def write_report(
+    folder: Path, state: Mapping[str, Any], task: Any, source: str, student: Any, teacher: Any
+) -> dict[str, Any]:
+    """Measure student and teacher, write the report of a finished job into ``folder``; its JSON."""
+    steps = state["steps"]
+    measured = report(student, teacher)
+    first = next(iter(steps["task"]["scores"]))
+    scores = {
+        "teacher": steps["teacher"]["scores"],
+        "student": steps["task"]["scores"],
+        "student_before_distillation": steps["task"]["scores_before"],
+    }
+    teacher_score = scores["teacher"][first][task.primary]
+    student_score = scores["student"][first][task.primary]
+    content = {
+        "schema": SCHEMA,
+        "settings": state["settings"],
+        "task": task.to_dict(),
+        "data": source,
+        "synthetic": source.startswith("synthetic"),
+        "scores": scores,
+        "metric": f"{first} {task.primary}",
+        "retention": student_score / teacher_score if teacher_score else None,
+        "seconds": {name: step["seconds"] for name, step in steps.items()},
+        "stages": {name: step["stage"] for name, step in steps.items() if "stage" in step},
+        "measured": measured.to_json(),
+        "history": {name: step["history"] for name, step in steps.items()},
+    }
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    drawn = _draw(folder, content, measured, teacher_score, student_score)
+    (folder / "report.md").write_text(_markdown(content, measured, drawn, first, task))
+    return content
+
+
+def _draw(
+    folder: Path, content: Mapping[str, Any], measured: Any, teacher: float, student: float
+) -> list[tuple[str, str]]:
+    """The pictures, as (title, file name)."""
+    drawn = []
+    pictures.learning_curve(
+        content["history"]["task"],
+        folder / "learning_curve.png",
+        metric=content["task"]["primary"],
+        teacher_score=teacher,
+    )
+    drawn.append(("Learning curve", "learning_curve.png"))
+    batch = min(measured.student.latency, default=None)
+    if batch is not None and measured.teacher is not None:
+        points = [
+            {
+                "name": name,
+                "parameters": side.parameters,
+                "latency_ms": side.latency[batch].median_ms,
+                "score": score,
+                "kind": name,
+            }
+            for name, side, score in (
+                ("teacher", measured.teacher, teacher),
+                ("student", measured.student, student),
+            )
+        ]
+        pictures.size_speed_score(points, folder / "size_speed_score.png", metric=content["metric"])
+        drawn.append(("Size, speed, score", "size_speed_score.png"))
+    if measured.errors:
+        pictures.error_per_layer(measured.errors, folder / "error_per_layer.png")
+        drawn.append(("Distance from the teacher's weights", "error_per_layer.png"))
+    return drawn
+
+
+def _markdown(
+    content: Mapping[str, Any],
+    measured: Any,
+    drawn: list[tuple[str, str]],
+    first: str,
+    task: Any,
+) -> str:
+    settings = content["settings"]
+    lines = [f"# {settings['model']} on {task.name}, compressed with kronbert", ""]
+    if content["synthetic"]:
+        lines += ["> The data is synthetic: generated sentences. Its scores say nothing about "
+                  "real text.", ""]  # fmt: skip
+    wanted = f"factor {settings['factor']:g}" if settings["factor"] else settings["preset"]
+    lines += [
+        f"Asked for: {wanted}. Data: {content['data']}. Seed {settings['seed']}.",
+        "",
+        "## Score (dev set)",
+        "",
+        "| | " + " | ".join(f"{s} {m}" for s in content["scores"]["student"] for m in task.metrics)
+        + " |",
+        "|---|" + "---|" * (len(content["scores"]["student"]) * len(task.metrics)),
+    ]  # fmt: skip
+    for name, title in (
+        ("teacher", "teacher"),
+        ("student_before_distillation", "student, converted only"),
+        ("student", "student, distilled"),
+    ):
+        cells = [
+            f"{100 * value:.1f}"
+            for values in content["scores"][name].values()
+            for value in values.values()
+        ]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    kept = content["retention"]
+    lines += [
+        "",
+        f"Kept of the teacher's {task.primary} on {first}: "
+        + (f"{100 * kept:.1f} %." if kept is not None else "not defined (the teacher scores 0)."),
+        "",
+        measured.to_markdown(),
+        "",
+    ]
+    for title, file in drawn:
+        lines += [f"![{title}]({file})", ""]
+    minutes = {name: seconds / 60 for name, seconds in content["seconds"].items()}
+    lines += [
+        "Time: " + ", ".join(f"{name} {value:.1f} min" for name, value in minutes.items()) + ".",
+        "",
+        "Load the student: `import kronbert`, then "
+        "`AutoModelForSequenceClassification.from_pretrained('student')`.",
+        "",
+    ]
+    return "\n".join(lines)

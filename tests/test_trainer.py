@@ -1,0 +1,546 @@
+"""DistillTrainer: small models trained alone, resumed, accumulated and on two processes."""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+import kronbert.distill
+from kronbert.distill import DistillArguments, DistillTrainer, Objective, Stage, Term
+from kronbert.distill.recipes.kroneckerbert import general_objective, task_objective
+from kronbert.errors import DistillError
+
+TASK = task_objective()
+LABELS = Objective(terms=(Term(tap="labels"),))
+LOGITS = Objective(terms=(Term(tap="logits", loss="kl", temperature=2.0), Term(tap="labels")))
+
+
+def a_config(**changes: Any) -> BertConfig:
+    given: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 24,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,  # models of different seeds differ visibly
+    }
+    return BertConfig(**given | changes)
+
+
+def a_model(seed: int, cls: Any = BertForSequenceClassification, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    return cls(a_config(**changes))
+
+
+def a_dataset(rows: int = 64, tokens: int = 10, ragged: bool = False) -> list[dict[str, Any]]:
+    """Rows whose label says whether the first word is below 20."""
+    draw = np.random.default_rng(0)
+    out = []
+    for _ in range(rows):
+        n = int(draw.integers(4, tokens + 1)) if ragged else tokens
+        ids = [int(i) for i in draw.integers(3, 40, n)]
+        row = {"input_ids": ids, "attention_mask": [1] * n, "token_type_ids": [0] * n}
+        out.append(row | {"labels": int(ids[1] < 20)})
+    return out
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {
+        key: torch.tensor([row[key] + [0] * (longest - len(row[key])) for row in rows])
+        for key in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    return batch
+
+
+def masked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    batch = collate(rows)
+    labels = batch["input_ids"].clone()
+    labels[:, 1::2] = -100
+    batch["input_ids"][:, 0::2] = 1
+    return batch | {"labels": labels}
+
+
+def arguments(folder: Path, **changes: Any) -> DistillArguments:
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 8,
+        "max_steps": 12,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+    }
+    return DistillArguments(**given | changes)
+
+
+def a_trainer(folder: Path, objective: Objective = TASK, **changes: Any) -> DistillTrainer:
+    given: dict[str, Any] = {
+        "model": a_model(1),
+        "teacher": a_model(2),
+        "train_dataset": a_dataset(),
+        "data_collator": collate,
+    }
+    fields = DistillArguments.__dataclass_fields__
+    given |= {name: changes.pop(name) for name in list(changes) if name not in fields}
+    return DistillTrainer(args=arguments(folder, **changes), objective=objective, **given)
+
+
+def logged(trainer: DistillTrainer) -> list[dict[str, float]]:
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def test_every_term_is_logged_and_falls(tmp_path):
+    teacher, rows = a_model(2).eval(), a_dataset(ragged=True)
+    answers = teacher(**collate(rows)).logits.argmax(-1).tolist()
+    rows = [row | {"labels": answer} for row, answer in zip(rows, answers, strict=True)]
+    terms = [Term(tap=t.tap, weight=w) for t, w in zip(TASK.terms, (1, 2, 1, 3, 0.5), strict=True)]
+    trainer = a_trainer(
+        tmp_path,
+        Objective(terms=tuple(terms)),
+        teacher=teacher,
+        train_dataset=rows,
+        max_steps=40,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    history = logged(trainer)
+    for row in history:
+        total = sum(t.weight * row[f"loss_{t.tap}"] for t in terms)
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+    for term in terms:
+        values = [row[f"loss_{term.tap}"] for row in history]
+        first, last = np.mean(values[:4]), np.mean(values[-4:])
+        assert last < 0.95 * first, f"{term.tap}: {first} -> {last}"
+
+
+def test_terms_are_averaged_between_logs(tmp_path):
+    often, seldom = (a_trainer(tmp_path, logging_steps=n, max_steps=7) for n in (1, 3))
+    for trainer in (often, seldom):
+        trainer.train()
+    each = [row["loss_ffn"] for row in logged(often)]
+    means = [each[0], np.mean(each[1:3]), np.mean(each[3:6])]
+    assert [row["loss_ffn"] for row in logged(seldom)] == pytest.approx(means, rel=1e-5)
+
+
+def test_the_teacher_is_left_alone(tmp_path):
+    teacher = a_model(2).train()
+    before = weights_of(teacher)
+    trainer = a_trainer(tmp_path, teacher=teacher, save_strategy="steps", save_steps=12)
+    trainer.train()
+    assert not teacher.training
+    assert all(torch.equal(before[name], p) for name, p in teacher.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    mine = {id(p) for p in trainer.model.parameters()}
+    assert trainer.optimizer is not None
+    assert {id(p) for g in trainer.optimizer.param_groups for p in g["params"]} == mine
+    saved = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-12")
+    torch.testing.assert_close(weights_of(saved), weights_of(trainer.model))
+
+
+def test_a_perfect_student_has_no_loss(tmp_path):
+    teacher = a_model(2)
+    objective = Objective(terms=TASK.terms[:4])
+    trainer = a_trainer(
+        tmp_path,
+        objective,
+        model=copy.deepcopy(teacher),
+        teacher=teacher,
+        train_dataset=a_dataset(ragged=True),
+        max_steps=1,
+    )
+    trainer.train()
+    assert logged(trainer)[0]["loss"] < 1e-10  # rounding, no more
+    batch = collate(a_dataset(4))
+    loss, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    assert loss.requires_grad
+    assert not outputs.logits.requires_grad
+
+
+def test_resume_equals_an_uninterrupted_run(tmp_path):
+    dropout = {"hidden_dropout_prob": 0.1}
+    whole = a_trainer(tmp_path / "a", model=a_model(1, **dropout))
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    cut = a_trainer(tmp_path / "b", model=a_model(1, **dropout), **saving)
+    cut.train()
+    resumed = a_trainer(tmp_path / "b", model=a_model(9, **dropout), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))
+    assert resumed.state.global_step == 12
+    for name, weight in weights_of(whole.model).items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    one, other = logged(whole)[-1], logged(resumed)[-1]
+    assert {k: v for k, v in one.items() if "loss" in k} == {
+        k: v for k, v in other.items() if "loss" in k
+    }
+
+
+def test_accumulated_batches_equal_one_batch(tmp_path):
+    one = a_trainer(tmp_path, optim="sgd")
+    two = a_trainer(
+        tmp_path, optim="sgd", per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    for trainer in (one, two):
+        trainer.train()
+    torch.testing.assert_close(weights_of(two.model), weights_of(one.model), rtol=1e-4, atol=1e-6)
+    for row, other in zip(logged(one), logged(two), strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+        assert other["loss_scores"] == pytest.approx(row["loss_scores"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-3)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    student = a_model(1)
+    trainer = a_trainer(
+        tmp_path, model=student, bf16=True, max_steps=40, lr_scheduler_type="constant"
+    )
+    seen: list[torch.dtype] = []
+    teacher = trainer.teacher
+    assert teacher is not None
+    query = teacher.get_submodule("bert.encoder.layer.0.attention.self.query")
+    query.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}  # the teacher runs in the student's autocast
+    rows = logged(trainer)
+    assert all(p.dtype == torch.float32 for p in student.parameters())
+    assert np.mean([r["loss"] for r in rows[-4:]]) < 0.9 * np.mean([r["loss"] for r in rows[:4]])
+
+
+def test_evaluation_is_the_students_own(tmp_path):
+    rows = a_dataset(16, ragged=True)
+    trainer = a_trainer(
+        tmp_path,
+        eval_dataset=rows,
+        compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()},
+        per_device_eval_batch_size=16,
+    )
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        out = trainer.model.eval()(**collate(rows))
+    assert metrics["eval_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+    labels = collate(rows)["labels"]
+    expected = (out.logits.argmax(-1) == labels).float().mean()
+    assert metrics["eval_accuracy"] == pytest.approx(expected.item())
+    np.testing.assert_allclose(trainer.predict(rows).predictions, out.logits, rtol=1e-4, atol=1e-6)
+    unlabelled = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    assert trainer.predict(unlabelled).predictions.shape == (16, 2)
+
+
+@pytest.mark.parametrize("mlm", [False, True])
+def test_stage_one_trains_no_more_than_its_terms(tmp_path, mlm):
+    student, teacher = a_model(1, BertForMaskedLM), a_model(2, BertForMaskedLM)
+    before = weights_of(student)
+    trainer = a_trainer(
+        tmp_path,
+        general_objective(mlm=mlm),
+        model=student,
+        teacher=teacher,
+        data_collator=masked,
+        max_steps=30,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+    )
+    trainer.train()
+    rows = logged(trainer)
+    names = ["embedding", "scores", "ffn"] + (["mlm"] if mlm else [])
+    for name in names:
+        assert rows[-1][f"loss_{name}"] < 0.95 * rows[0][f"loss_{name}"], name
+    head = "cls.predictions.transform.dense.weight"
+    assert torch.equal(before[head], student.state_dict()[head]) != mlm
+
+
+def test_labels_alone_need_no_teacher(tmp_path):
+    plain = a_trainer(tmp_path, LABELS, teacher=None)
+    plain.train()
+    usual = transformers.Trainer(
+        a_model(1), arguments(tmp_path), train_dataset=a_dataset(), data_collator=collate
+    )
+    usual.train()
+    torch.testing.assert_close(weights_of(plain.model), weights_of(usual.model))
+    assert a_trainer(tmp_path, LABELS, teacher=a_model(2)).teacher is None  # not even moved
+
+
+def test_another_depth_with_a_layer_map(tmp_path):
+    trainer = a_trainer(
+        tmp_path, teacher=a_model(2, num_hidden_layers=6), layer_map="uniform", max_steps=2
+    )
+    assert trainer.layers == (3, 6)
+    trainer.train()
+    trainer = a_trainer(tmp_path, layer_map=(None, 1), max_steps=2)
+    trainer.train()
+    assert logged(trainer)[-1]["loss_scores"] > 0
+
+
+def test_a_student_that_reads_less_than_its_teacher(tmp_path: Path) -> None:
+    config = transformers.DistilBertConfig(
+        dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=40
+    )
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(a_dataset())
+    trainer = a_trainer(
+        tmp_path,
+        model=transformers.DistilBertForSequenceClassification(config),
+        train_dataset=rows,
+        eval_dataset=rows,
+        max_steps=2,
+    )
+    seen: list[Any] = []
+    teacher = trainer.teacher
+    assert teacher is not None
+    teacher.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True
+    )
+    trainer.train()
+    assert seen == [["attention_mask", "input_ids", "token_type_ids"]] * 2
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_batches_grouped_by_length(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(a_dataset(ragged=True))
+    trainer = a_trainer(
+        tmp_path, train_dataset=rows, train_sampling_strategy="group_by_length", max_steps=8
+    )
+    widths = [batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()]
+    assert np.mean(widths) < 9.5  # at random nearly every batch of eight has a row of ten
+    trainer.train()
+
+
+def test_vision_and_questions(tmp_path):
+    vit = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=12,
+        patch_size=6,
+    )
+    pixels = [{"pixel_values": torch.randn(3, 12, 12), "labels": i % 2} for i in range(16)]
+    trainer = a_trainer(
+        tmp_path,
+        model=transformers.ViTForImageClassification(vit),
+        teacher=transformers.ViTForImageClassification(vit),
+        train_dataset=pixels,
+        data_collator=transformers.default_data_collator,
+        max_steps=2,
+    )
+    trainer.train()
+    assert {"loss_scores", "loss_ffn", "loss_logits"} <= logged(trainer)[-1].keys()
+    rows = [
+        {k: v for k, v in row.items() if k != "labels"} | {"start_positions": 1, "end_positions": 2}
+        for row in a_dataset()
+    ]
+    trainer = a_trainer(
+        tmp_path,
+        LOGITS,
+        model=a_model(1, transformers.BertForQuestionAnswering),
+        teacher=a_model(2, transformers.BertForQuestionAnswering),
+        train_dataset=rows,
+        data_collator=transformers.default_data_collator,
+        max_steps=2,
+    )
+    trainer.train()
+    assert logged(trainer)[-1]["loss_labels"] > 0
+
+
+def test_public_names():
+    assert all(hasattr(kronbert.distill, name) for name in kronbert.distill.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Distiller'"):
+        _ = kronbert.distill.Distiller
+
+
+def test_stage_to_trainer(tmp_path):
+    stage = Stage(name="task", objective=TASK, learning_rate=1e-3, epochs=1, batch_size=16)
+    args = stage.to_arguments(tmp_path, use_cpu=True, report_to="none", save_strategy="no")
+    trainer = DistillTrainer(
+        a_model(1),
+        args,
+        teacher=a_model(2),
+        objective=stage.objective,
+        train_dataset=a_dataset(),
+        data_collator=collate,
+    )
+    assert trainer.train().global_step == 4
+
+
+def a_tokenizer(lower: bool) -> transformers.PreTrainedTokenizerFast:
+    words = ["[UNK]", "[PAD]", "kronecker", "Kronecker", "products"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    if lower:
+        core.normalizer = normalizers.Lowercase()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]"
+    )
+
+
+def names(*labels: str) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {w: i for i, w in enumerate(labels)}}
+
+
+KL = Objective(terms=(Term(tap="logits", loss="kl"),))
+MLM = Objective(terms=(Term(tap="mlm"),))
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "text"),
+    [
+        (TASK, {"teacher": None}, "the terms embedding, ffn, logits, scores need a teacher"),
+        (TASK, {"teacher": (2, {"vocab_size": 41})}, "vocab_size is 40 for the student, 41 for"),
+        (
+            TASK,
+            {"teacher": (2, {"hidden_size": 20})},
+            r"terms embedding and ffn compare hidden states, but the student is 16 wide and the "
+            r"teacher 20\. Use the terms logits and labels only",
+        ),
+        (TASK, {"teacher": (2, {"num_attention_heads": 4})}, "has 2 heads and the teacher 4"),
+        (TASK, {"teacher": (2, {"num_labels": 3})}, "the student has 2, the teacher 3"),
+        (TASK, {"teacher": (2, {"num_hidden_layers": 3})}, "has 2 layers, the teacher 3"),
+        (
+            TASK,
+            {"model": (1, names("no", "yes")), "teacher": (2, names("yes", "no"))},
+            r"same labels in another order: student \['no', 'yes'\], teacher \['yes', 'no'\]",
+        ),
+        (
+            KL,
+            {"model": (1, {"num_labels": 1}), "teacher": (2, {"num_labels": 1})},
+            "of one output is always 0: use 'mse'",
+        ),
+        (MLM, {"teacher": None}, "BertForSequenceClassification has no masked-LM head"),
+        (TASK, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the labels term"),
+        (TASK, {"torch_compile": True}, "torch_compile=True: the taps are forward hooks"),
+        (TASK, {"compute_loss_func": print}, "DistillTrainer's loss is its objective"),
+        (TASK, {"model_init": print}, "needs model=, not model_init="),
+        (
+            TASK,
+            {"processing_class": a_tokenizer(True), "teacher_processing_class": a_tokenizer(False)},
+            "different tokenizers .*: the same ids mean other words",
+        ),
+    ],
+)
+def test_what_does_not_go_together(tmp_path, objective, changes, text):
+    for key in ("model", "teacher"):
+        if isinstance(changes.get(key), tuple):
+            seed, config = changes[key]
+            changes = changes | {key: a_model(seed, **config)}
+    student = changes.get("model") or a_model(1)
+    changes = {"teacher": a_model(2)} | changes | {"model": student}
+    teacher = changes["teacher"]
+    with pytest.raises(DistillError, match=text):
+        a_trainer(tmp_path, objective, **changes)
+    assert teacher is None or (
+        teacher.training and all(p.requires_grad for p in teacher.parameters())
+    )
+
+
+def test_a_teacher_that_is_the_student(tmp_path):
+    model = a_model(1)
+    with pytest.raises(DistillError, match=r"share the parameter 'bert\..*copy.deepcopy"):
+        a_trainer(tmp_path, model=model, teacher=model)
+
+
+def test_equal_tokenizers_go_together(tmp_path):
+    pair = {
+        "processing_class": a_tokenizer(True),
+        "teacher_processing_class": a_tokenizer(True),
+    }
+    a_trainer(tmp_path, teacher=a_model(2, vocab_size=48), max_steps=1, **pair).train()
+
+
+def test_data_without_labels(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in a_dataset()]
+    trainer = a_trainer(tmp_path, train_dataset=rows)
+    with pytest.raises(DistillError, match="term 'labels', but the batch has no labels, only atte"):
+        trainer.train()
+    a_trainer(tmp_path, Objective(terms=TASK.terms[:4]), train_dataset=rows, max_steps=1).train()
+
+
+def test_a_head_of_another_kind(tmp_path):
+    trainer = a_trainer(
+        tmp_path, LOGITS, teacher=a_model(2, transformers.BertForTokenClassification)
+    )
+    with pytest.raises(DistillError, match=r"logits: student \(8, 2\), teacher \(8, 10, 2\)"):
+        trainer.train()
+
+
+TWO_PROCESSES = """
+import json, sys, torch
+sys.modules.setdefault("kernels", None)
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_trainer as t
+from kronbert.distill.recipes.kroneckerbert import general_objective
+
+student, teacher = t.a_model(1, t.BertForMaskedLM), t.a_model(2, t.BertForMaskedLM)
+trainer = t.a_trainer(
+    {out!r}, general_objective(mlm=False), model=student, teacher=teacher, max_steps=4,
+    optim="sgd", per_device_train_batch_size=4, ddp_backend="gloo", weight_decay=0.1,
+    save_strategy="steps", save_steps=4,
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    torch.save(student.state_dict(), {out!r} + "/weights.pt")
+    with open({out!r} + "/log.json", "w") as file:
+        json.dump(t.logged(trainer), file)
+"""
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """Half the batch each: the same weights, the head untouched, terms averaged over both."""
+    out = tmp_path / "two"
+    out.mkdir()
+    script = tmp_path / "train.py"
+    root, tests = (str(Path(__file__).resolve().parents[i]) for i in (1, 0))
+    script.write_text(TWO_PROCESSES.format(root=root, tests=tests, out=str(out)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "--master_addr=127.0.0.1", f"--master_port={port}", str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = a_trainer(
+        tmp_path / "one",
+        general_objective(mlm=False),
+        model=a_model(1, BertForMaskedLM),
+        teacher=a_model(2, BertForMaskedLM),
+        max_steps=4,
+        optim="sgd",
+        weight_decay=0.1,
+    )
+    one.train()
+    torch.testing.assert_close(
+        torch.load(out / "weights.pt"), weights_of(one.model), rtol=1e-4, atol=1e-6
+    )
+    for row, other in zip(json.loads((out / "log.json").read_text()), logged(one), strict=True):
+        for name in ("loss", "loss_embedding", "loss_scores", "loss_ffn"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4), name
