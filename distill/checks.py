@@ -35,6 +35,12 @@ def check_pair(
     teacher_tokenizer: Any = None,
 ) -> None:
     """Raise `DistillError` if this student cannot learn this objective from this teacher."""
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise DistillError(
+            f"no parameter of the student ({type(student).__name__}) requires a gradient, so "
+            "nothing would be learnt: a teacher that an earlier DistillTrainer froze, or a student "
+            "converted from one? Call student.requires_grad_(True)."
+        )
     if "mlm" in objective.taps and type(student).__name__ not in _MLM_HEADS:
         raise DistillError(
             f"the objective has the term 'mlm', but {type(student).__name__} has no masked-LM "

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
+    EvalPrediction,
+    ProgressCallback,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from kronbert.distill.data import TaskData, compute_metrics
 from kronbert.distill.objectives import Objective, Term
@@ -24,9 +31,6 @@ from kronbert.errors import DistillError
 
 POINTS = 10
 """Evaluations, and checkpoints, of one stage."""
-
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-"""trainer_state.json is written last: a checkpoint with all of them was finished."""
 
 
 def run_stage(
@@ -39,38 +43,42 @@ def run_stage(
     tokenizer: Any,
     precision: str = "auto",
     checkpoints: int = POINTS,
+    keep_last: bool = False,
+    say: Callable[[str], None] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
     """Train ``student`` in place through ``stage``; returns the log (steps, losses, dev metrics).
 
     data: a tokenised `TaskData`, scored on its first dev set as it goes, or a `Dataset` of packed
-    text. folder: holds the checkpoints; a complete one found there is resumed, and all are removed
-    at the end. teacher: None when the objective needs none. precision: see `use_bf16`. arguments:
-    more of `DistillArguments`. Raises `DistillError`."""
+    text. folder: holds the checkpoints; the newest whole one found there is resumed, to the same
+    weights as without the interruption. keep_last: leave the last one for a caller who has yet to
+    save the result, and removes the folder then. teacher: None when the objective needs none.
+    precision: see `use_bf16`. arguments: more of `DistillArguments`. Raises `DistillError`."""
     folder = Path(folder)
-    steps = {"eval_steps": 1 / POINTS, "save_steps": 1 / checkpoints, "logging_steps": 1 / 50}
     task = data.task if isinstance(data, TaskData) else None
     args = stage.to_arguments(
         folder,
         **{
             "eval_strategy": "steps" if task else "no",
+            "eval_steps": 1 / POINTS,
             "save_strategy": "steps",
+            "save_steps": 1 / checkpoints,
+            "logging_steps": 1 / 50,
             "save_total_limit": 2,
             "train_sampling_strategy": "group_by_length" if task else "random",
             "per_device_eval_batch_size": max(64, stage.batch_size),
             "bf16": use_bf16(precision),
             "use_cpu": not torch.cuda.is_available(),
             "report_to": "none",
-            **steps,
             **arguments,
         },
     )
-    mlm = stage.objective.label_tap == "mlm"
     if task:
         collator: Any = DataCollatorWithPadding(tokenizer)
     else:
+        mlm = stage.objective.label_tap == "mlm"
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=mlm)
-    trainer = DistillTrainer(
+    trainer = _StageTrainer(
         student,
         args,
         teacher=teacher,
@@ -81,11 +89,69 @@ def run_stage(
         compute_metrics=compute_metrics(task) if task else None,
         processing_class=tokenizer,
     )
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(_Bar)
     last = last_checkpoint(folder)
+    for path in _checkpoints(folder):
+        if last is None or _step(path) > _step(last):
+            shutil.rmtree(path)  # cut off while it was written
+    if last is not None and say is not None:
+        say(f"resumed after step {_step(last)}")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
+    if not keep_last:
+        for path in _checkpoints(folder):
+            shutil.rmtree(path)
     return list(trainer.state.log_history)
+
+
+class _StageTrainer(DistillTrainer):
+    """Draws an epoch's batches from seed and epoch alone, so that a resumed run sees the rows that
+    the interrupted one had left; transformers' length grouping draws from the global generator."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return _SeededSampler(
+            len(rows),
+            [len(ids) for ids in rows["input_ids"]] if grouped else None,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            lambda: self.args.seed * 1000 + int(self.state.epoch or 0),
+        )
+
+
+class _SeededSampler(Sampler[int]):
+    """A random order of the rows, grouped by length where lengths are given."""
+
+    def __init__(
+        self, rows: int, lengths: Sequence[int] | None, batch_size: int, seed: Callable[[], int]
+    ) -> None:
+        self.rows, self.lengths, self.batch_size, self.seed = rows, lengths, batch_size, seed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed())
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class _Bar(ProgressCallback):
+    """The progress bar with time left; losses and scores beside it, not on lines of their own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {k.removeprefix("eval_"): v for k, v in logs.items() if k in _SHOWN}
+            if shown:
+                self.seen = {**getattr(self, "seen", {}), **shown}
+                self.training_bar.set_postfix({k: f"{float(v):.3g}" for k, v in self.seen.items()})
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Dev sets are short: no bar of their own."""
+
+
+_SHOWN = ("loss", "eval_accuracy", "eval_f1", "eval_matthews", "eval_spearman")
 
 
 def labels_only() -> Objective:
@@ -96,37 +162,66 @@ def labels_only() -> Objective:
 def evaluate(
     model: nn.Module, data: TaskData, tokenizer: Any, *, batch_size: int = 64
 ) -> dict[str, dict[str, float]]:
-    """The task's metrics on every dev set of tokenised ``data``: set -> metric -> value in float32."""
-    args = TrainingArguments(
-        output_dir="unused",
-        per_device_eval_batch_size=batch_size,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model,
-        args,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics(data.task),
-    )
-    scores = {}
-    for name, rows in data.validation.items():
-        found: Mapping[str, float] = trainer.predict(rows).metrics or {}
-        scores[name] = {key: float(found[f"test_{key}"]) for key in data.task.metrics}
-    return scores
+    """The task's metrics on every dev set of tokenised ``data``: set -> metric -> value.
+
+    Without autocast, in eval mode, on the GPU where there is one (the model stays there)."""
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    was_training = model.training
+    model.eval()
+    score = compute_metrics(data.task)
+    try:
+        return {
+            name: score(_predict(model, rows, tokenizer, batch_size))
+            for name, rows in data.validation.items()
+        }
+    finally:
+        model.train(was_training)
+
+
+def _predict(model: nn.Module, rows: Any, tokenizer: Any, batch_size: int) -> EvalPrediction:
+    """Logits and labels in the order of ``rows``; rows of one length share a batch."""
+    device = next(model.parameters()).device
+    taken = set(inspect.signature(model.forward).parameters) - {"labels"}
+    collate = DataCollatorWithPadding(tokenizer)
+    order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
+    logits: list[Any] = [None] * len(rows)
+    for start in range(0, len(order), batch_size):
+        picked = order[start : start + batch_size].tolist()
+        batch = collate([rows[i] for i in picked])
+        inputs = {name: value.to(device) for name, value in batch.items() if name in taken}
+        with torch.inference_mode():
+            found = model(**inputs).logits.float().cpu().numpy()
+        for i, row in zip(picked, found, strict=True):
+            logits[i] = row
+    return EvalPrediction(predictions=np.stack(logits), label_ids=np.array(list(rows["labels"])))
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; one cut off while it was written is passed
-    over."""
-    found = sorted(
-        (path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()),
-        key=lambda path: int(path.name[11:]),
-    )
-    for path in reversed(found):
-        if all((path / name).is_file() for name in CHECKPOINT_FILES):
-            return path
-    return None
+    """The newest whole checkpoint in ``folder``; one cut off in the writing is passed over."""
+    return next((path for path in reversed(_checkpoints(Path(folder))) if _whole(path)), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    found = (path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit())
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[11:])
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether every file that a resumed run reads is there to its end."""
+    pickles = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    random = sorted(checkpoint.glob("rng_state*.pth"))
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        with safe_open(checkpoint / "model.safetensors", "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return bool(random) and all(zipfile.is_zipfile(path) for path in [*pickles, *random])
 
 
 def use_bf16(precision: str) -> bool:

@@ -19,7 +19,6 @@ import os
 import platform
 import subprocess
 import sys
-
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,9 @@ def main() -> None:
     parser.add_argument("--results", help="JSON to write; default OUTPUT/results.json")
     parser.add_argument("--limit", type=int, help="training rows (a trial)")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--score-weight", type=float, default=1.0)
+    parser.add_argument(
+        "--no-latency", action="store_true", help="train only; time later, on a quiet machine"
+    )
     options = parser.parse_args()
 
     out = Path(options.output)
@@ -82,6 +83,8 @@ def main() -> None:
                 )
                 rows.append({"task": task, "student": kind, "factor": factor, **row})
                 print(json.dumps(rows[-1]["scores"]), kind, factor, flush=True)
+    if options.no_latency:
+        return
     for row in rows:
         add_latency(row, out / row["task"])
     target = Path(options.results) if options.results else out / "results.json"
@@ -122,6 +125,7 @@ def make_teacher(folder: Path, options: Any, data: Any, tokens: Any, plan: Any, 
         "parameters": teacher.num_parameters(),
         "stage": stage.to_dict(),
         "data": data.source,
+        "commit": git("rev-parse", "HEAD"),
     }
 
 
@@ -133,7 +137,7 @@ def make_student(
     task_terms = (Term(tap="logits"), Term(tap="labels"))
     terms: tuple[Term, ...] = (
         Term(tap="embedding"),
-        Term(tap="scores", weight=options.score_weight),
+        Term(tap="scores"),
         Term(tap="ffn"),
         *task_terms,
     )
@@ -164,7 +168,20 @@ def make_student(
         "scores": evaluate(student, tokens, tokenizer),
         "parameters": student.num_parameters(),
         "stage": stage.to_dict(),
-        "history": [entry for entry in history if "loss_labels" not in entry],
+        "history": [entry for entry in history if "eval_loss" in entry],
+        "shapes": shapes_of(student),
+        "commit": git("rev-parse", "HEAD"),
+    }
+
+
+def shapes_of(student: Any) -> dict[str, str]:
+    """Group and size of the converted layers -> their shapes."""
+    plan = getattr(student, "kronecker_plan", None)
+    return {
+        f"{layer.size.group} {layer.size.out}x{layer.size.inner}": " + ".join(
+            shape.spec for shape in layer.groups
+        )
+        for layer in (plan.converted if plan else ())
     }
 
 
@@ -205,16 +222,11 @@ def add_latency(row: dict[str, Any], folder: Path) -> None:
     teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher/model")
     name = f"{row['student']}-{row['factor']:g}"
     student = AutoModelForSequenceClassification.from_pretrained(folder / name / "model")
-    row["latency"] = kronbert.report(student.eval(), teacher.eval()).to_json()["latency"]
+    measured = kronbert.report(student.eval(), teacher.eval()).to_json()
+    row["latency"], row["environment"] = measured["latency"], measured["environment"]
 
 
 def provenance(options: Any) -> dict[str, Any]:
-    def git(*words: str) -> str:
-        run = subprocess.run(
-            ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-        return run.stdout.strip()
-
     return {
         "command": "python examples/compare_students.py --model all-MiniLM-L6-v2 --data-dir GLUE "
         + " ".join(sys.argv[sys.argv.index("--tasks") :] if "--tasks" in sys.argv else []),
@@ -230,6 +242,11 @@ def provenance(options: Any) -> dict[str, Any]:
         "seed": options.seed,
         "limit": options.limit,
     }
+
+
+def git(*words: str) -> str:
+    run = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return run.stdout.strip()
 
 
 def cpu_name() -> str:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import KronbertError, PlanError
+from .errors import DataError, KronbertError, PlanError
+from .job_folder import writable
 
 app = typer.Typer(
     add_completion=False,
@@ -33,6 +34,10 @@ Keep = Annotated[list[str] | None, typer.Option(help="pattern of names that stay
 DataDir = Annotated[
     str | None, typer.Option(help="folder with GLUE's TSV files, TASK/train.tsv; else the hub")
 ]
+TextColumn = Annotated[
+    list[str] | None, typer.Option(help="of a folder of tables; twice for pairs")
+]
+LabelColumn = Annotated[str | None, typer.Option(help="of a folder of tables")]
 
 
 @app.command()
@@ -52,9 +57,11 @@ def plan(
 
     import kronbert
 
-    from .job import _open
+    from .job_models import open_model, open_pretrained
 
-    source = open_model(model) if weights else _open(AutoConfig, model)
+    if save is not None:
+        writable(save.parent)
+    source = open_model(model) if weights else open_pretrained(AutoConfig, model)
     made = kronbert.plan(source, factor=factor, preset=preset, rules=parse_rules(rule), keep=keep)
     out.print(made)
     if save is not None:
@@ -76,9 +83,15 @@ def convert(
     """Write an initialised student: the nearest sums of Kronecker products, not yet distilled."""
     import kronbert
 
+    from .job_models import open_model
+
+    made = read_plan(from_plan) if from_plan is not None else None
+    if output.is_dir() and Path(model).is_dir() and output.samefile(model):
+        raise PlanError(f"--output {output}: is the model itself. Choose another folder.")
+    writable(output)
     dense = open_model(model)
-    if from_plan is not None:
-        made = kronbert.Plan.from_json(json.loads(from_plan.read_text()))
+    student: Any
+    if made is not None:
         student = kronbert.convert(
             dense, factor, preset=preset, rules=parse_rules(rule), keep=keep, plan=made
         )
@@ -100,10 +113,8 @@ def compress(
     factor: Factor = None,
     preset: Preset = None,
     data_dir: DataDir = None,
-    text_column: Annotated[
-        list[str] | None, typer.Option(help="of a folder of tables; twice for pairs")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="of a folder of tables")] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     stage1_text: Annotated[
         str | None, typer.Option(help="general text for stage 1: a file, or a hub data set")
     ] = None,
@@ -155,21 +166,34 @@ def evaluate(
     model: Model,
     task: Annotated[str, typer.Option(help="a GLUE name, or a folder of tables")],
     data_dir: DataDir = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     max_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
 ) -> None:
     """Score a model (dense or converted) on a task's dev set with the task's own metrics."""
     from transformers import AutoTokenizer
 
-    from .distill.data import load_task, tokenize
+    from .distill.data import tokenize
     from .distill.finetune import evaluate as score
-    from .job import _open, open_teacher
+    from .job import open_data
+    from .job_models import check_tokenizer, longest, open_pretrained, open_teacher
 
-    data = load_task(task, data_dir=data_dir)
+    data = open_data(
+        task,
+        data_dir=data_dir,
+        text_columns=tuple(text_column) if text_column else None,
+        label_column=label_column,
+    )
     fine_tuned, tuned = open_teacher(model, data.task)
     if not tuned:
         raise PlanError(f"{model}: has no head fine-tuned for a task, so there is no score.")
-    tokenizer = _open(AutoTokenizer, model)
-    scores = score(fine_tuned, tokenize(data, tokenizer, max_length), tokenizer)
+    tokenizer = open_pretrained(AutoTokenizer, model)
+    check_tokenizer(fine_tuned, tokenizer, model)
+    most = longest(fine_tuned.config, tokenizer)
+    if max_length is not None and max_length > most:
+        raise DataError(f"--max-length {max_length}: {model} takes {most} tokens at most.")
+    rows = tokenize(data, tokenizer, max_length or min(data.task.max_length, most))
+    scores = score(fine_tuned, rows, tokenizer)
     out.print(f"{model} on {data.task.name} ({data.source})")
     for name, values in scores.items():
         out.print(f"{name}: " + ", ".join(f"{k} {100 * v:.2f}" for k, v in values.items()))
@@ -186,6 +210,11 @@ def report(
 ) -> None:
     """Parameters, bytes, FLOPs, latency and error per layer of a saved student."""
     import kronbert
+
+    from .job_models import open_model
+
+    if output is not None:
+        writable(output)
 
     made = kronbert.report(
         open_model(student), open_model(teacher) if teacher else None, latency=latency
@@ -206,6 +235,8 @@ def bench(
 ) -> None:
     """Latency of a model beside its converted twin, alternating in one process."""
     import kronbert
+
+    from .job_models import open_model
 
     dense = open_model(model).eval()
     student = kronbert.convert(dense, factor, preset=preset)
@@ -239,15 +270,17 @@ def finish(content: dict[str, Any], output: str) -> None:
     )
 
 
-def open_model(name: str) -> Any:
-    """A model with the class that saved it."""
-    import transformers
+def read_plan(file: Path) -> Any:
+    import kronbert
 
-    from .job import _open
-
-    config = _open(transformers.AutoConfig, name)
-    saved_as = (config.architectures or ["AutoModel"])[0]
-    return _open(getattr(transformers, saved_as, transformers.AutoModel), name)
+    try:
+        return kronbert.Plan.from_json(json.loads(file.read_text()))
+    except KronbertError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(
+            f"--plan {file}: cannot be read ({error}). Expected what `kronbert plan --save` wrote."
+        ) from error
 
 
 def copy_tokenizer(model: str, output: Path) -> None:

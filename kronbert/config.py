@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
-from .errors import NoMatchError, PlanError, near
+from .errors import NoMatchError, PlanError, ShapeError, near
 from .presets import preset as find_preset
 from .shapes import Groups, KroneckerShape, low_rank, parse_groups
 
@@ -23,7 +23,7 @@ DEFAULT_KEEP = ("*classifier*", "*classification_head*", "*qa_outputs*", "score"
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What becomes of the layers a rule names: exactly one field is set.
+    """What becomes of the layers a rule names: exactly one field is set, else `PlanError`.
 
     dense: leave it. groups: these Kronecker shapes, summed. rank: a truncated SVD of that rank.
     factor: the best shape with at most weights / factor numbers.
@@ -34,10 +34,20 @@ class Rule:
     rank: int | None = None
     factor: float | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+        given = (self.dense, bool(self.groups), self.rank is not None, self.factor is not None)
+        if sum(given) != 1:
+            raise PlanError(f"{self}: expected exactly one of dense, groups, rank and factor.")
+        if self.rank is not None:
+            check_rank(self.rank, "Rule")
+        if self.factor is not None:
+            object.__setattr__(self, "factor", check_factor(self.factor, "Rule"))
+
     @classmethod
     def parse(cls, value: Any, where: str = "rules") -> Rule:
         """From "dense", "384x48⊗2x16", a `KroneckerShape`, a list of those, {"rank": 4} or
-        {"factor": 8}."""
+        {"factor": 8}. ``where`` opens the message of the error anything else raises."""
         if isinstance(value, Rule):
             return value
         if value is None or value == "dense":
@@ -45,13 +55,14 @@ class Rule:
         if isinstance(value, KroneckerShape):
             return cls(groups=(value,))
         if isinstance(value, str):
-            return cls(groups=parse_groups(value))
+            try:
+                return cls(groups=parse_groups(value))
+            except ShapeError as error:
+                raise ShapeError(f"{where}: {error}") from None
         if isinstance(value, Mapping) and len(value) == 1:
             ((key, given),) = value.items()
             if key == "rank":
-                if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-                    raise PlanError(f"{where}: rank={given!r}: expected a whole number >= 1.")
-                return cls(rank=given)
+                return cls(rank=check_rank(given, where))
             if key == "factor":
                 return cls(factor=check_factor(given, where))
         elif isinstance(value, Sequence) and value:
@@ -83,8 +94,10 @@ class Rule:
 class KroneckerConfig:
     """factor: parameters before / after, whole model (19 = nineteen times smaller); > 1.
     preset: k5, k8, k19 or k21 instead of a factor. Neither: only the rules convert.
-    rules: module name -> `Rule`; a full name beats a ``re:`` pattern, which beats the default.
-    keep: names that stay dense, as `fnmatch` patterns or ``re:`` regular expressions."""
+    rules: module name -> `Rule`; a full name beats a ``re:`` pattern (the first that matches),
+    which beats keep, which beats factor and preset.
+    keep: names that stay dense, as `fnmatch` patterns or ``re:`` regular expressions.
+    Raises `PlanError`."""
 
     factor: float | None = None
     preset: str | None = None
@@ -102,9 +115,16 @@ class KroneckerConfig:
         if self.preset is not None:
             find_preset(self.preset)
             object.__setattr__(self, "preset", self.preset.lower())
-        if isinstance(self.keep, str):
-            raise PlanError(f"keep={self.keep!r}: expected a list of patterns, got one string.")
-        object.__setattr__(self, "keep", tuple(self.keep))
+        if isinstance(self.keep, str) or not all(isinstance(k, str) for k in self.keep or ()):
+            raise PlanError(
+                f"keep={self.keep!r}: expected a list of patterns. For one layer: keep=['pooler*']."
+            )
+        object.__setattr__(self, "keep", tuple(self.keep or ()))
+        if not isinstance(self.rules, Mapping) or not all(isinstance(n, str) for n in self.rules):
+            raise PlanError(
+                f"rules={self.rules!r}: expected module names with what becomes of them, for "
+                "example {'pooler.dense': 'dense'}."
+            )
         rules = {name: Rule.parse(value, f"rules[{name!r}]") for name, value in self.rules.items()}
         object.__setattr__(self, "rules", rules)
         for pattern in (*rules, *self.keep):
@@ -157,20 +177,31 @@ class KroneckerConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KroneckerConfig:
+        """From `to_json`; `PlanError` for an unknown key or a newer schema."""
         data = check_schema(data, ("factor", "preset", "rules", "keep"), "KroneckerConfig")
-        return cls(**{**data, "keep": tuple(data.get("keep", DEFAULT_KEEP))})
+        return cls(**data)
 
 
 def matches(pattern: str, name: str) -> bool:
+    """Whether a keep pattern (``re:`` regular expression, else `fnmatch`) covers a full name."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatchcase(name, pattern)
 
 
+def check_rank(rank: Any, where: str) -> int:
+    """``rank`` as a whole number >= 1, or `PlanError`."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise PlanError(
+            f"{where}: rank={rank!r}: expected a whole number >= 1, the terms of a truncated SVD."
+        )
+    return rank
+
+
 def check_factor(factor: Any, where: str) -> float:
     """``factor`` as a float > 1, or `PlanError`."""
     number = isinstance(factor, Real) and not isinstance(factor, bool)
-    if not number or not math.isfinite(factor) or not factor > 1:
+    if not number or not math.isfinite(factor) or factor <= 1:
         raise PlanError(
             f"{where}: factor={factor!r}: expected parameters before / after, a number > 1 "
             "(19 = nineteen times smaller). To leave the model dense, do not convert it."
@@ -180,8 +211,12 @@ def check_factor(factor: Any, where: str) -> float:
 
 def check_schema(data: Mapping[str, Any], known: Sequence[str], where: str) -> dict[str, Any]:
     """``data`` without its schema version; refuses unknown keys and a newer schema."""
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where}: {data!r}: expected the dictionary that to_json gives.")
     version = data.get("schema", SCHEMA)
-    if not isinstance(version, int) or version > SCHEMA:
+    if not isinstance(version, int) or version < 1:
+        raise PlanError(f"{where}: schema {version!r}: expected a whole number, {SCHEMA} or less.")
+    if version > SCHEMA:
         raise PlanError(
             f"{where}: schema {version!r} is newer than this kronbert knows ({SCHEMA}). "
             "Upgrade: pip install -U kronbert."

@@ -18,7 +18,8 @@ from .errors import PlanError
 from .head import KroneckerLMHead
 from .inventory import inventory, swap
 from .linear import KroneckerLinear
-from .planning import Inventory, Plan, PlannedLayer, checked, make_plan
+from .planning import Inventory, Plan, PlannedLayer, make_plan
+from .shapes import check_groups
 
 KRONECKER_MODULES = (KroneckerLinear, KroneckerEmbedding, KroneckerLMHead)
 
@@ -189,7 +190,8 @@ def _config(
 
 
 def _fit(dense: nn.Module, layer: PlannedLayer) -> tuple[nn.Module, float]:
-    groups = checked(layer.size, layer.groups)
+    groups = layer.groups
+    check_groups(groups, layer.size.out, layer.size.inner, repr(layer.size.name))
     if isinstance(dense, nn.Embedding):
         return KroneckerEmbedding.from_embedding(dense, groups)
     if isinstance(dense, nn.Linear):
@@ -266,7 +268,7 @@ def _check_weights(model: nn.Module, plan: Plan) -> None:
             if parametrize.is_parametrized(module) and not (rule and rule.dense):
                 raise PlanError(
                     f"{name!r}: its weight is parametrised. Remove the parametrisation "
-                    "(torch.nn.utils.parametrize.remove_parametrizations), or keep the layer dense."
+                    "(torch.nn.utils.parametrize.remove_parametrizations) before converting."
                 )
     for layer in plan.converted:
         name = layer.size.name

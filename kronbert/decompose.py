@@ -8,7 +8,7 @@ Rᵀ R in float64: one side of R is at most 32 for the papers' shapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,42 +26,39 @@ by Lanczos iteration (1,536: 0.2 s instead of 1.2 s on one core of a 2-core Xeon
 SWEEPS = 12
 """Alternating passes over the groups of a mixed sum; each never increases the error."""
 
+CHUNK = 4_000_000
+"""Numbers widened to float64 at once (32 MB): the vocabulary matrix never exists in it."""
 
+
+@torch.no_grad()
 def nearest_kronecker(
     weight: Tensor, shapes: KroneckerShape | Sequence[KroneckerShape]
 ) -> tuple[list[Tensor], list[Tensor], float]:
     """(a, b, error) of the sum nearest to ``weight`` (out, in) in the Frobenius norm.
 
     a, b: one tensor per group, a (rank, a_out, a_in) and b (rank, b_out, b_in), in weight's dtype,
-    equal norms in each pair. error: ||W - sum a ⊗ b|| / ||W|| in [0, 1], before rounding to that
-    dtype. One group: the optimum. Several: alternating fits, each group on what the others leave.
+    equal norms in each term. error: ||W - sum a ⊗ b|| / ||W|| in [0, 1], before rounding to that
+    dtype. One group: the optimum. Several: alternating fits from the best single group, each on
+    what the others leave; they hold this one weight in float64, once per group and twice more.
 
-    Raises `ShapeError` when a shape does not make the weight, or the weight is not finite."""
-    shapes = [shapes] if isinstance(shapes, KroneckerShape) else list(shapes)
-    check_groups(shapes, weight.shape[0], weight.shape[1], "nearest_kronecker")
+    Raises `ShapeError` when a shape does not make the weight, or the weight is no finite matrix."""
+    groups = [shapes] if isinstance(shapes, KroneckerShape) else list(shapes)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ShapeError(
+            f"nearest_kronecker: a weight {tuple(weight.shape)} of {weight.dtype}: expected a "
+            "float matrix (out, in). Reshape or dequantise it."
+        )
+    check_groups(groups, weight.shape[0], weight.shape[1], "nearest_kronecker")
     if not torch.isfinite(weight).all():
         raise ShapeError(
-            "nearest_kronecker: the weight holds NaN or infinity. Train it without, or keep the "
-            "layer dense."
+            "nearest_kronecker: the weight holds NaN or infinity, expected finite numbers. Use an "
+            "intact checkpoint, or keep the layer dense."
         )
-    if len(shapes) == 1:
-        a, b, error = _fit(weight, shapes[0])
-        return [a.to(weight.dtype)], [b.to(weight.dtype)], error
-    exact = weight.double()
-    pairs = [(exact.new_zeros(0), exact.new_zeros(0))] * len(shapes)
-    parts = [torch.zeros_like(exact) for _ in shapes]
-    error = previous = 1.0
-    for _ in range(SWEEPS):
-        for i, shape in enumerate(shapes):
-            rest = exact - sum(part for j, part in enumerate(parts) if j != i)
-            a, b, _ = _fit(rest, shape)
-            pairs[i] = (a, b)
-            parts[i] = kron_weight(a, b)
-        norm = exact.norm().item()
-        error = (exact - sum(parts)).norm().item() / norm if norm else 0.0
-        if previous - error < 1e-6:
-            break
-        previous = error
+    if len(groups) == 1:
+        a, b, error = _fit(weight, groups[0])
+        pairs = [(a, b)]
+    else:
+        pairs, error = _alternate(weight.double(), groups)
     return [a.to(weight.dtype) for a, _ in pairs], [b.to(weight.dtype) for _, b in pairs], error
 
 
@@ -77,70 +74,86 @@ def rearranged(weight: Tensor, shape: KroneckerShape) -> Tensor:
     )
 
 
+def _alternate(
+    weight: Tensor, shapes: Sequence[KroneckerShape]
+) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """Pairs of every group, and the relative error, of a sum of groups of different shapes."""
+    fits = [_fit(weight, shape) for shape in shapes]
+    norm = weight.norm().item()
+    first = min(range(len(shapes)), key=lambda i: fits[i][2])
+    error = fits[first][2]
+    pairs = [(a, b) for a, b, _ in fits]
+    # Every group but the best starts empty, so the sum is never worse than that one alone.
+    parts = [torch.zeros_like(weight) for _ in shapes]
+    parts[first] = kron_weight(*pairs[first])
+    rest = weight - parts[first]
+    if norm == 0:
+        return pairs, 0.0
+    order = [i for i in range(len(shapes)) if i != first] + [first]
+    for _ in range(SWEEPS):
+        previous = error
+        for i in order:
+            rest += parts[i]
+            a, b, _ = _fit(rest, shapes[i])
+            pairs[i], parts[i] = (a, b), kron_weight(a, b)
+            rest -= parts[i]
+        error = rest.norm().item() / norm
+        if previous - error < 1e-6:
+            break
+    return pairs, error
+
+
 def _fit(weight: Tensor, shape: KroneckerShape) -> tuple[Tensor, Tensor, float]:
     """The leading pairs of one group in float64, and the relative error."""
-    rows = rearranged(weight, shape)
-    flip = rows.shape[0] > rows.shape[1]
-    gram, squared_norm = _gram(rows, flip)
-    count = min(shape.rank, gram.shape[0])
-    values, vectors = _leading(gram, count)
-    sigma = values.clamp_min(0).sqrt()
-    # The other side of each singular pair, times sigma: R v = sigma u.
-    other = _project(rows, vectors, flip)
-    left, right = (other, vectors) if flip else (vectors, other)
+    blocks = rearranged(weight, shape)
+    wide = blocks.shape[0] < blocks.shape[1]
+    tall = blocks.T if wide else blocks
+    gram = tall.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for part in _chunks(tall):
+        gram.addmm_(part.T, part)
+    squared_norm = gram.diagonal().sum().item()
+    short = _leading(gram, min(shape.rank, gram.shape[0]))
+    # R v = sigma u, one column per term: its norm is the singular value.
+    long = torch.cat([part @ short for part in _chunks(tall)])
+    sigma = long.norm(dim=0)
+    error = (max(squared_norm - sigma.square().sum().item(), 0.0) / (squared_norm or 1.0)) ** 0.5
+    if error < 1e-5:
+        # Below the rounding of the difference above: measure it.
+        left = zip(_chunks(tall), long.split(_chunk_rows(tall)), strict=True)
+        missed = sum((part - u @ short.T).square().sum().item() for part, u in left)
+        error = (missed / (squared_norm or 1.0)) ** 0.5
     root = sigma.sqrt()
-    # other carries sigma once; the norm is split evenly between a and b.
-    safe = torch.where(root > 0, root, torch.ones_like(root))
-    a, b = (left / safe, right * root) if flip else (left * root, right / safe)
-    if shape.rank > count:
-        a = torch.cat([a, a.new_zeros(a.shape[0], shape.rank - count)], 1)
-        b = torch.cat([b, b.new_zeros(b.shape[0], shape.rank - count)], 1)
+    long, short = long / torch.where(root > 0, root, 1.0), short * root
+    if shape.rank > sigma.shape[0]:
+        spare = shape.rank - sigma.shape[0]
+        long, short = (torch.nn.functional.pad(terms, (0, spare)) for terms in (long, short))
+    a, b = (short, long) if wide else (long, short)
     a = rearrange(a, "(o i) r -> r o i", o=shape.a_out).contiguous()
     b = rearrange(b, "(o i) r -> r o i", o=shape.b_out).contiguous()
-    if squared_norm == 0:
-        return a, b, 0.0
-    missed = 1 - values.clamp_min(0).sum().item() / squared_norm
-    if missed < 1e-10:
-        # Below the rounding of the sum above, measure it.
-        error = (weight.double() - kron_weight(a, b)).norm().item() / squared_norm**0.5
-    else:
-        error = missed**0.5
     return a, b, error
 
 
-ROWS = 4096
-"""Rows widened to float64 at once: the vocabulary matrix never exists twice."""
+def _chunk_rows(tall: Tensor) -> int:
+    return max(1, CHUNK // tall.shape[1])
 
 
-def _gram(rows: Tensor, flip: bool) -> tuple[Tensor, float]:
-    """Rᵀ R (flip) or R Rᵀ in float64, and ||R||²."""
-    if flip:
-        gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-        for part in rows.split(ROWS):
-            wide = part.double()
-            gram.addmm_(wide.T, wide)
-    else:
-        wide = rows.double()
-        gram = wide @ wide.T
-    return gram, gram.diagonal().sum().item()
+def _chunks(tall: Tensor) -> Iterator[Tensor]:
+    """``tall`` in float64, a few rows at a time."""
+    for part in tall.split(_chunk_rows(tall)):
+        yield part.double()
 
 
-def _project(rows: Tensor, vectors: Tensor, flip: bool) -> Tensor:
-    """R v (flip) or Rᵀ u in float64."""
-    if flip:
-        return torch.cat([part.double() @ vectors for part in rows.split(ROWS)])
-    return rows.double().T @ vectors
-
-
-def _leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest eigenvalues, descending, and their vectors as columns."""
+def _leading(gram: Tensor, count: int) -> Tensor:
+    """Eigenvectors of the ``count`` largest eigenvalues as columns, descending."""
     size = gram.shape[0]
-    if size <= SMALL_SIDE or count > size // 8:
-        values, vectors = torch.linalg.eigh(gram)
-        return values[-count:].flip(0), vectors[:, -count:].flip(1)
-    from scipy.sparse.linalg import eigsh
+    if size > SMALL_SIDE and count <= size // 8 and gram.any():
+        from scipy.sparse.linalg import ArpackError, eigsh
 
-    start = np.random.default_rng(0).standard_normal(size)
-    found, columns = eigsh(gram.cpu().numpy(), k=count, which="LA", v0=start, tol=1e-12)
-    values = torch.from_numpy(found.copy()).flip(0).to(gram.device)
-    return values, torch.from_numpy(columns.copy()).flip(1).to(gram.device)
+        start = np.random.default_rng(0).standard_normal(size)
+        try:
+            _, columns = eigsh(gram.cpu().numpy(), k=count, which="LA", v0=start, tol=1e-12)
+        except ArpackError:  # no convergence (many equal eigenvalues): all of them, same answer
+            pass
+        else:
+            return torch.from_numpy(columns[:, ::-1].copy()).to(gram.device)
+    return torch.linalg.eigh(gram)[1][:, -count:].flip(1)

@@ -32,6 +32,11 @@ class KroneckerLMHead(nn.Module):
         """The embedding whose matrices the head reads."""
         return self.__dict__["embedding"]
 
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's dense table, multiplied out at every reading: see there."""
+        return self.table.weight
+
     def forward(self, h: Tensor) -> Tensor:
         a, b = self.table.matrices("a"), self.table.matrices("b")
         return functional.kron_logits(h, a, b, self.bias)
@@ -51,7 +56,7 @@ class KroneckerLMHead(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, torch.Tensor):
             raise AttributeError(
-                "KroneckerLMHead has no weight: its table is the tied KroneckerEmbedding. "
+                "KroneckerLMHead has no weight of its own: its table is the tied KroneckerEmbedding. "
                 "kronbert.merge(model) gives a dense head."
             )
         super().__setattr__(name, value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class KroneckerQuantizer(HfQuantizer):
     quantization_config: KroneckerQuantizationConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        _tie(model)
         sizes = inventory(model)
         new = place(model, self.quantization_config.layers, sizes)
         files = kwargs.get("checkpoint_files")
@@ -137,36 +138,31 @@ def place(
 ) -> dict[str, nn.Module]:
     """Swap the named dense modules of ``model`` for empty Kronecker ones; returns the new ones.
 
-    Names are those of the saved class; another class of the same body (AutoModel) finds them with
-    its prefix added or removed, layers it does not have (a head, a pooler) are left out, and a head
-    that it ties to a Kronecker embedding becomes a Kronecker one."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
+    Names are those of the saved class. Another class of the same body finds them under its own
+    names, layers it does not have (a head, a pooler) are left out, and a head that it ties to a
+    Kronecker embedding becomes a Kronecker one."""
     modules = dict(model.named_modules())
-
-    def local(name: str) -> str | None:
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in modules:
-                return candidate
-        return None
-
+    local = {
+        name.removesuffix(".weight"): own.removesuffix(".weight")
+        for name, own in own_names(model, [f"{name}.weight" for name in layers]).items()
+    }
     new: dict[str, nn.Module] = {}
-    layout = sizes or inventory(model)
-    heads: dict[str, str | None] = {x.name: x.tied_to for x in layout.layers if x.tied_to}
+    heads = {x.name: x.tied_to for x in (sizes or inventory(model)).layers}
     for saved, spec in layers.items():
-        name = local(saved)
-        if name is None:
-            continue
-        if not spec.startswith(TIED):
+        name = local[saved]
+        if spec.startswith(TIED):
+            tied_to = spec.removeprefix(TIED)
+            if tied_to not in layers:
+                raise CheckpointError(
+                    f"config.json: {saved!r} is {spec}, which is no Kronecker layer. Save the "
+                    "student again."
+                )
+            if name in modules:
+                heads[name] = local[tied_to]
+        elif name in modules:
             new[name] = _empty_like(modules[name], parse_groups(spec), saved)
-            continue
-        if spec.removeprefix(TIED) not in layers:
-            raise CheckpointError(
-                f"config.json: {saved!r} is {spec}, which is no Kronecker embedding of this "
-                "model. Save the student again."
-            )
-        heads[name] = local(spec.removeprefix(TIED))
-    for name, tied_to in heads.items():
-        table = new.get(tied_to or "")
+    for name, table_name in heads.items():
+        table = new.get(table_name or "")
         if isinstance(table, KroneckerEmbedding):
             new[name] = KroneckerLMHead(table, getattr(modules[name], "bias", None))
     if not new:
@@ -178,6 +174,22 @@ def place(
     return new
 
 
+def own_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Tensor names of a checkpoint -> the names that transformers loads them under.
+
+    With or without the prefix of the body, and renamed where an architecture was rewritten."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, converters, prefix, state)[0] for name in stored
+    }
+
+
 def _plan(sizes: Inventory, new: Mapping[str, nn.Module]) -> Plan:
     """The plan that a loaded model stands for; errors of the fits are not stored."""
     names = {id(module): name for name, module in new.items()}
@@ -186,7 +198,7 @@ def _plan(sizes: Inventory, new: Mapping[str, nn.Module]) -> Plan:
         module = new.get(size.name)
         if isinstance(module, KroneckerLMHead) and not size.tied_to:
             # The saved model tied what its class, by its config, does not.
-            size = replace(size, kind="head", tied_to=names[id(module.table)])
+            size = replace(size, kind="head", group="embedding", tied_to=names[id(module.table)])
             parameters -= size.out * size.inner
         layers.append(PlannedLayer(size=size, groups=groups_of(module) if module else ()))
     rules = {
@@ -208,6 +220,14 @@ def groups_of(module: nn.Module) -> Groups:
         return module.table.groups
     assert isinstance(module, KroneckerLinear | KroneckerEmbedding)
     return module.groups
+
+
+def _tie(model: nn.Module) -> None:
+    """Tie what transformers ties after loading: by that, heads are known as heads."""
+    pairs: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in pairs.items():
+        parent, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_parameter(source))
 
 
 def untie(model: nn.Module) -> None:
@@ -287,37 +307,37 @@ def check_tensors(files: list[Path], layers: Mapping[str, nn.Module], model: nn.
     """Raise `CheckpointError` when a tensor of a Kronecker layer is missing, extra or misshapen.
 
     transformers itself only warns and fills such tensors with random numbers."""
-    stored: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        stored.update(safetensors_shapes(file))
-    prefix = getattr(model, "base_model_prefix", "") + "."
+        shapes.update(safetensors_shapes(file))
+    names = own_names(model, shapes)
+    found: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in layers}
+    for stored, shape in shapes.items():
+        layer, _, leaf = names[stored].rpartition(".")
+        if layer in found:
+            found[layer][leaf] = shape
+    where = files[0].parent
+    mixed = "The two files do not belong together: save the student again."
     for name, module in layers.items():
         own = {key: tuple(p.shape) for key, p in module.named_parameters(recurse=False)}
-        found: dict[str, tuple[int, ...]] = {}
-        for start in (name, prefix + name, name.removeprefix(prefix)):
-            for key in stored:
-                if key.startswith(start + ".") and "." not in key[len(start) + 1 :]:
-                    found.setdefault(key[len(start) + 1 :], stored[key])
-        if isinstance(module, KroneckerLMHead):
-            # Its bias may be stored under the model's own name for it.
-            own = {key: shape for key, shape in own.items() if key in found}
         for key, shape in own.items():
-            if key not in found:
+            if key not in found[name]:
+                if isinstance(module, KroneckerLMHead):
+                    continue  # its bias may be stored under the model's own name for it
                 raise CheckpointError(
-                    f"{files[0].parent}: tensor '{name}.{key}' {shape} is missing. The checkpoint "
-                    "is incomplete: copy or save it again."
+                    f"{where}: tensor '{name}.{key}' {shape} is missing. The checkpoint is "
+                    "incomplete: copy or save it again."
                 )
-            if found[key] != shape:
+            if found[name][key] != shape:
                 raise CheckpointError(
-                    f"{files[0].parent}: tensor '{name}.{key}' has shape {found[key]}, config.json "
-                    f"says {shape}. The two files do not belong together: save the student again."
+                    f"{where}: tensor '{name}.{key}' has shape {found[name][key]}, config.json "
+                    f"says {shape}. {mixed}"
                 )
-        for key in found:
-            if key not in own:
-                raise CheckpointError(
-                    f"{files[0].parent}: tensor '{name}.{key}' is not part of the layer's shapes "
-                    "in config.json. The two files do not belong together: save the student again."
-                )
+        for key in found[name].keys() - own.keys():
+            raise CheckpointError(
+                f"{where}: tensor '{name}.{key}' is not part of the layer's shapes in "
+                f"config.json. {mixed}"
+            )
 
 
 def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:

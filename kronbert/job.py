@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from .config import check_factor
-from .errors import CheckpointError, DataError, DistillError, KronbertError, PlanError, near
+from .errors import DataError, DistillError, PlanError, near
+from .job_folder import JobFolder, Say
+from .job_models import (
+    check_finite,
+    check_tokenizer,
+    class_names,
+    longest,
+    open_pretrained,
+    open_teacher,
+    quiet,
+)
 
-Say = Callable[[str], None]
+__all__ = ["CompressSettings", "compress", "open_data", "open_teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,10 @@ class CompressSettings:
             raise PlanError("compress: expected factor= or preset=, one of them. Try --factor 8.")
         if self.factor is not None:
             check_factor(self.factor, "compress")
+        if self.stage1_text is None:
+            for key in ("stage1_words", "stage1_epochs", "stage1_learning_rate"):
+                if getattr(self, key) is not None:
+                    raise PlanError(f"compress: {key}= without stage1_text=, the text to learn.")
         if self.text_columns is not None:
             object.__setattr__(self, "text_columns", tuple(self.text_columns))
 
@@ -64,71 +77,26 @@ class CompressSettings:
         return cls(**data)
 
 
-class Job:
-    """The output folder: settings, finished steps and their results, in ``state.json``."""
+def open_data(
+    task: str,
+    *,
+    data_dir: str | None = None,
+    text_columns: tuple[str, ...] | None = None,
+    label_column: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Any:
+    """The `kronbert.distill.data.TaskData` of a GLUE name or a folder of tables."""
+    from .distill.data import load_folder, load_task
 
-    def __init__(self, settings: CompressSettings, say: Say = print) -> None:
-        self.settings, self.say = settings, say
-        self.folder = Path(settings.output)
-        self._prepare()
-        self.state_file = self.folder / "state.json"
-        asked = json.loads(json.dumps(asdict(settings)))
-        self.state: dict[str, Any] = {"settings": asked, "steps": {}}
-        if self.state_file.is_file():
-            before = json.loads(self.state_file.read_text())
-            changed = sorted(k for k in asked if before["settings"].get(k) != asked[k])
-            changed = [key for key in changed if key != "output"]
-            if changed:
-                raise CheckpointError(
-                    f"{self.folder}: holds a run with other settings ({', '.join(changed)}). Use "
-                    "the same settings to resume it, or another output folder."
-                )
-            self.state = before
-
-    def _prepare(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".probe"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder}: cannot be written ({error.strerror}). Choose another --output."
-            ) from error
-
-    def need_space(self, size: int) -> None:
-        """Raise `CheckpointError` unless ``size`` bytes are free where the output goes."""
-        free = shutil.disk_usage(self.folder).free
-        if free < size:
-            raise CheckpointError(
-                f"{self.folder}: {free / 2**30:.1f} GiB free, about {size / 2**30:.1f} GiB needed "
-                "for checkpoints. Free some space or choose another --output."
-            )
-
-    def step(self, name: str, what: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a step: run now, or kept from before the interruption."""
-        if name in self.state["steps"]:
-            self.say(f"{what}: done before")
-        else:
-            self.say(what)
-            start = time.monotonic()
-            result = run()
-            result["seconds"] = round(time.monotonic() - start, 1)
-            self.state["steps"][name] = result
-            scratch = self.state_file.with_suffix(".part")
-            scratch.write_text(json.dumps(self.state, indent=1))
-            os.replace(scratch, self.state_file)
-        found: dict[str, Any] = self.state["steps"][name]
-        return found
-
-    def save_model(self, model: Any, tokenizer: Any, name: str) -> None:
-        """``folder/name`` as a whole or not at all."""
-        scratch, final = self.folder / f".{name}.part", self.folder / name
-        shutil.rmtree(scratch, ignore_errors=True)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(scratch, final)
+    if not text_columns and not label_column:
+        return load_task(task, data_dir=data_dir, limit=limit, seed=seed)
+    if data_dir is not None:
+        raise DataError(
+            "columns are for a folder of tables, --data-dir for GLUE's: give one of them, "
+            "--task FOLDER --text-column NAME --label-column NAME, or --task sst2 --data-dir GLUE."
+        )
+    return load_folder(task, text=text_columns, label=label_column, limit=limit, seed=seed)
 
 
 def compress(settings: CompressSettings, say: Say = print, data: Any = None) -> dict[str, Any]:
@@ -136,188 +104,228 @@ def compress(settings: CompressSettings, say: Say = print, data: Any = None) -> 
 
     data: a `kronbert.distill.data.TaskData` to use instead of settings.task. Raises a
     `KronbertError` before anything is trained when the parts do not go together."""
-    from transformers import AutoTokenizer
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DistillError(
+            "compress runs in one process. For several, write the stages with DistillTrainer and "
+            "start that script with torchrun."
+        )
+    folder = JobFolder(settings.output, asdict(settings), say)
+    report = folder.path / "report.json"
+    if not (folder.done("report") and report.is_file()):
+        with quiet():
+            _Job(settings, folder, data).run()
+    else:
+        say(f"finished before: {folder.path / 'report.md'}")
+    content: dict[str, Any] = json.loads(report.read_text())
+    return content
 
-    from .conversion import convert, plan
-    from .distill.data import load_folder, load_task, tokenize
-    from .distill.finetune import evaluate, labels_only, run_stage
-    from .distill.recipes.kroneckerbert import kroneckerbert
-    from .distill.stages import Stage
-    from .distill.text import load_text, pack_text
-    from .job_report import write_report
 
-    job = Job(settings, say)
-    if data is None:
-        if settings.text_columns or settings.label_column:
-            data = load_folder(
-                settings.task,
-                text=settings.text_columns,
-                label=settings.label_column,
-                limit=settings.limit,
-                seed=settings.seed,
+class _Job:
+    """The steps of one job; everything that can be wrong is asked in ``__init__``."""
+
+    def __init__(self, settings: CompressSettings, folder: JobFolder, data: Any) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        from .distill.data import tokenize
+
+        self.settings, self.folder = settings, folder
+        self.wanted: dict[str, Any] = {"factor": settings.factor, "preset": settings.preset}
+        self.data = data or open_data(
+            settings.task,
+            data_dir=settings.data_dir,
+            text_columns=settings.text_columns,
+            label_column=settings.label_column,
+            limit=settings.limit,
+            seed=settings.seed,
+        )
+        self.task = self.data.task
+        config = open_pretrained(AutoConfig, settings.model)
+        self.tokenizer = open_pretrained(AutoTokenizer, settings.model)
+        self._make_stages(config, longest(config, self.tokenizer))
+        self.dense: Any = None
+        if not folder.done("teacher"):
+            self.dense = self._open_dense()
+        self.rows = tokenize(self.data, self.tokenizer, self.on_task.max_length)
+        if settings.stage1_text and not folder.done("stage1"):
+            _ = self.blocks
+        sizes = {name: len(rows) for name, rows in self.data.validation.items()}
+        folder.begin(f"{self.data.source}; {len(self.data.train)} train, {sizes}")
+
+    def _make_stages(self, config: Any, most: int) -> None:
+        from .distill.finetune import labels_only, use_bf16
+        from .distill.recipes.kroneckerbert import kroneckerbert
+        from .distill.stages import Stage
+
+        settings = self.settings
+        use_bf16(settings.precision)
+        if settings.max_length is not None and settings.max_length > most:
+            raise DataError(
+                f"max_length={settings.max_length}: {settings.model} takes {most} tokens at most."
             )
-        else:
-            data = load_task(
-                settings.task,
-                data_dir=settings.data_dir,
-                limit=settings.limit,
-                seed=settings.seed,
-            )
-    task = data.task
-    tokenizer = _open(AutoTokenizer, settings.model)
-    recipe = kroneckerbert(settings.preset or settings.factor or 0.0, task=task.name, mlm=False)
-    on_task = _changed(
-        recipe.stage("task"),
-        epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length or task.max_length,
-        seed=settings.seed,
-    )
-    rows = tokenize(data, tokenizer, on_task.max_length)
-    wanted = {"factor": settings.factor, "preset": settings.preset}
-
-    def model_of(name: str) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
-        return AutoModelForSequenceClassification.from_pretrained(job.folder / name)
-
-    def fine_tune() -> dict[str, Any]:
-        teacher, tuned = open_teacher(settings.model, task)
-        plan(teacher, **wanted, errors=False)  # an unreachable factor is found before training
-        job.need_space(10 * 4 * sum(p.numel() for p in teacher.parameters()))
-        history: list[dict[str, Any]] = []
-        if not tuned:
-            rate = 1e-4 if teacher.config.hidden_size < 512 else 3e-5
-            stage = Stage(
-                name="teacher",
-                objective=labels_only(),
-                learning_rate=settings.teacher_learning_rate or rate,
-                epochs=settings.teacher_epochs,
-                batch_size=on_task.batch_size,
-                seed=settings.seed,
-            )
-            history = run_stage(
-                teacher,
-                None,
-                stage,
-                rows,
-                job.folder / "teacher-run",
-                tokenizer=tokenizer,
-                precision=settings.precision,
-            )
-        job.save_model(teacher, tokenizer, "teacher")
-        scores = evaluate(teacher, rows, tokenizer)
-        return {"scores": scores, "fine_tuned_here": not tuned, "history": history}
-
-    job.step("teacher", f"1/4 teacher: {settings.model} on {task.name} ({data.source})", fine_tune)
-
-    def general() -> dict[str, Any]:
-        teacher = model_of("teacher")
-        student = convert(teacher, **wanted)
-        stage = _changed(
+        length = settings.max_length
+        if length is None:
+            length = min(self.task.max_length, most)
+        target = settings.preset or settings.factor or 0.0
+        recipe = kroneckerbert(target, task=self.task.name, mlm=False)
+        self.on_task = _changed(
+            recipe.stage("task"),
+            epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            batch_size=settings.batch_size,
+            max_length=length,
+            seed=settings.seed,
+        )
+        self.general = _changed(
             recipe.stage("general"),
             epochs=settings.stage1_epochs,
             learning_rate=settings.stage1_learning_rate,
             batch_size=settings.batch_size,
-            max_length=on_task.max_length,
+            max_length=self.on_task.max_length,
             seed=settings.seed,
         )
-        text = load_text(settings.stage1_text or "", limit_tokens=settings.stage1_words)
-        blocks = pack_text(text, tokenizer, stage.max_length)
-        history = run_stage(
-            student,
-            teacher,
-            stage,
-            blocks,
-            job.folder / "stage1-run",
-            tokenizer=tokenizer,
-            precision=settings.precision,
+        small = getattr(config, "hidden_size", 768) < 512
+        for_teacher = Stage(
+            name="teacher",
+            objective=labels_only(),
+            learning_rate=1e-4 if small else 3e-5,
+            epochs=settings.teacher_epochs,
+            batch_size=self.on_task.batch_size,
+            max_length=self.on_task.max_length,
+            seed=settings.seed,
         )
-        job.save_model(student, tokenizer, "stage1")
-        return {"history": history, "blocks": len(blocks), "stage": stage.to_dict()}
+        self.for_teacher = _changed(for_teacher, learning_rate=settings.teacher_learning_rate)
 
-    if settings.stage1_text:
-        job.step("stage1", f"2/4 stage 1: general text {settings.stage1_text}", general)
+    def _open_dense(self) -> tuple[Any, bool]:
+        """The teacher, fit to be compressed and distilled; or the error that says why not."""
+        from transformers import set_seed
 
-    def distil() -> dict[str, Any]:
-        teacher = model_of("teacher")
-        student = model_of("stage1") if settings.stage1_text else convert(teacher, **wanted)
-        before = evaluate(student, rows, tokenizer)
-        history = run_stage(
-            student,
-            teacher,
-            on_task,
-            rows,
-            job.folder / "task-run",
-            tokenizer=tokenizer,
-            precision=settings.precision,
-        )
-        job.save_model(student, tokenizer, "student")
-        after = evaluate(student, rows, tokenizer)
+        from .conversion import plan
+        from .distill.checks import supervised_layers
+        from .distill.taps import Taps
+
+        name = self.settings.model
+        set_seed(self.settings.seed)
+        teacher, tuned = open_teacher(name, self.task)
+        check_finite(teacher, name, "Use an intact checkpoint.")
+        check_tokenizer(teacher, self.tokenizer, name)
+        plan(teacher, **self.wanted, errors=False)
+        objective = self.on_task.objective
+        layers = supervised_layers(teacher, teacher, objective)
+        Taps(teacher, objective.teacher_taps, [layer for layer in layers if layer])
+        self.folder.need_space(teacher.num_parameters())
+        return teacher, tuned
+
+    @cached_property
+    def blocks(self) -> Any:
+        """The text of stage 1, packed."""
+        from .distill.text import load_text, pack_text
+
+        source = self.settings.stage1_text
+        assert source is not None  # whoever asks has looked
+        text = load_text(source, limit_tokens=self.settings.stage1_words)
+        return pack_text(text, self.tokenizer, self.general.max_length)
+
+    def run(self) -> None:
+        folder, settings = self.folder, self.settings
+        what = f"1/4 teacher: {settings.model} on {self.task.name} ({self.data.source})"
+        folder.step("teacher", what, self._teacher)
+        if settings.stage1_text:
+            what = f"2/4 stage 1: general text {settings.stage1_text}"
+            folder.step("stage1", what, self._stage1)
+        folder.step("task", f"3/4 stage 2: distilling on {self.task.name}", self._distil)
+        folder.step("report", "4/4 report", self._report)
+
+    def _teacher(self) -> dict[str, Any]:
+        teacher, tuned = self.dense
+        self.dense = None
+        history: list[dict[str, Any]] = []
+        if tuned:
+            self._say_classes(teacher)
+        else:
+            history = self._train(teacher, None, self.for_teacher, self.rows, "teacher")
+        scores = self._scores(teacher, "teacher", "--teacher-learning-rate")
+        self.folder.save_model(teacher, self.tokenizer, "teacher")
+        return {"scores": scores, "fine_tuned_here": not tuned, "history": history}
+
+    def _say_classes(self, teacher: Any) -> None:
+        own, asked = class_names(teacher), self.task.labels
+        said = "fine-tuned already, taken as it is"
+        if own and asked and [n.lower() for n in own] != [n.lower() for n in asked]:
+            said += f"; its classes {own} stand for {list(asked)}, in this order"
+        self.folder.say(said)
+
+    def _stage1(self) -> dict[str, Any]:
+        from .conversion import convert
+
+        teacher = self._saved("teacher")
+        student = convert(teacher, **self.wanted)
+        history = self._train(student, teacher, self.general, self.blocks, "stage1")
+        check_finite(student, "the student", "Try a lower --stage1-learning-rate.")
+        self.folder.save_model(student, self.tokenizer, "stage1")
         return {
-            "scores": after,
-            "scores_before": before,
             "history": history,
-            "stage": on_task.to_dict(),
+            "blocks": len(self.blocks),
+            "stage": self.general.to_dict(),
         }
 
-    job.step("task", f"3/4 stage 2: distilling on {task.name}", distil)
-    say("4/4 report")
-    teacher, student = model_of("teacher"), model_of("student")
-    return write_report(job.folder, job.state, task, data.source, student, teacher)
+    def _distil(self) -> dict[str, Any]:
+        from .conversion import convert
 
+        teacher = self._saved("teacher")
+        if self.settings.stage1_text:
+            student = self._saved("stage1")
+        else:
+            student = convert(teacher, **self.wanted)
+        before = self._scores(student, "student before stage 2", "--stage1-learning-rate")
+        history = self._train(student, teacher, self.on_task, self.rows, "task")
+        scores = self._scores(student, "student", "--learning-rate")
+        self.folder.save_model(student, self.tokenizer, "student")
+        return {
+            "scores": scores,
+            "scores_before": before,
+            "history": history,
+            "stage": self.on_task.to_dict(),
+        }
 
-def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
-    """(model with a head for ``task``, whether it is fine-tuned already).
+    def _report(self) -> dict[str, Any]:
+        from .job_report import write_report
 
-    A checkpoint saved as ``...ForSequenceClassification`` is a fine-tuned teacher; its head must
-    have the task's classes."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+        student, teacher = self._saved("student"), self._saved("teacher")
+        state = self.folder.state
+        write_report(self.folder.path, state, self.task, self.data.source, student, teacher)
+        return {}
 
-    config = _open(AutoConfig, name)
-    saved_as = (config.architectures or [""])[0]
-    tuned = saved_as.endswith("ForSequenceClassification")
-    if tuned and config.num_labels != task.num_labels:
-        raise DistillError(
-            f"{name}: its head has {config.num_labels} classes, task {task.name!r} has "
-            f"{task.num_labels}. Give a teacher fine-tuned for the task, or its base model."
-        )
-    head: dict[str, Any] = {"num_labels": task.num_labels}
-    if task.labels is None:
-        head["problem_type"] = "regression"
-    else:
-        head["id2label"] = dict(enumerate(task.labels))
-        head["label2id"] = {label: i for i, label in enumerate(task.labels)}
-    if tuned:
-        _check_labels(name, config, task)
-        return _open(AutoModelForSequenceClassification, name), True
-    return _open(AutoModelForSequenceClassification, name, **head), False
+    def _train(self, model: Any, teacher: Any, stage: Any, rows: Any, step: str) -> list[Any]:
+        from .distill.finetune import run_stage
 
-
-def _check_labels(name: str, config: Any, task: Any) -> None:
-    """A fine-tuned head with the task's label names in another order would score nonsense."""
-    own = [str(config.id2label[i]).lower() for i in range(config.num_labels)]
-    if task.labels is None or all(label.startswith("label_") for label in own):
-        return
-    asked = [label.lower() for label in task.labels]
-    if own != asked and sorted(own) == sorted(asked):
-        raise DistillError(
-            f"{name}: its classes are {own}, task {task.name!r} has them as {asked}. Change the "
-            "data's label order, or fine-tune the base model here."
+        self.folder.need_space(model.num_parameters())
+        return run_stage(
+            model,
+            teacher,
+            stage,
+            rows,
+            self.folder.run_of(step),
+            tokenizer=self.tokenizer,
+            precision=self.settings.precision,
+            keep_last=True,
+            say=self.folder.say,
         )
 
+    def _scores(self, model: Any, who: str, option: str) -> dict[str, dict[str, float]]:
+        from .distill.finetune import evaluate
 
-def _open(auto: Any, name: str, **kwargs: Any) -> Any:
-    try:
-        return auto.from_pretrained(name, **kwargs)
-    except KronbertError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"model {name!r} cannot be loaded: {str(error).splitlines()[0]} Give a folder that "
-            "save_pretrained wrote (model and tokenizer), or a hub name while online."
-        ) from error
+        scores = evaluate(model, self.rows, self.tokenizer)
+        if any(math.isnan(value) for values in scores.values() for value in values.values()):
+            raise DistillError(
+                f"the {who} gives NaN or infinity: its training diverged. Try a lower {option}, "
+                "in another --output."
+            )
+        return scores
+
+    def _saved(self, name: str) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return open_pretrained(AutoModelForSequenceClassification, str(self.folder.path / name))
 
 
 def _changed(stage: Any, **values: Any) -> Any:

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from . import pictures
+from .job_folder import write_whole
+from .job_models import model_name
 from .reporting import report
 
 SCHEMA = 1
+SEQUENCE = 128
+"""Tokens per row of the timed models, or what they take at most."""
 
 
 def write_report(
@@ -18,7 +22,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Measure student and teacher, write the report of a finished job into ``folder``; its JSON."""
     steps = state["steps"]
-    measured = report(student, teacher)
+    positions = getattr(teacher.config, "max_position_embeddings", None) or SEQUENCE
+    measured = report(student, teacher, sequence_length=min(SEQUENCE, positions))
     first = next(iter(steps["task"]["scores"]))
     scores = {
         "teacher": steps["teacher"]["scores"],
@@ -32,6 +37,8 @@ def write_report(
         "settings": state["settings"],
         "task": task.to_dict(),
         "data": source,
+        "rows": state["data"],
+        "teacher_fine_tuned_here": steps["teacher"]["fine_tuned_here"],
         "synthetic": source.startswith("synthetic"),
         "scores": scores,
         "metric": f"{first} {task.primary}",
@@ -41,9 +48,9 @@ def write_report(
         "measured": measured.to_json(),
         "history": {name: step["history"] for name, step in steps.items()},
     }
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
     drawn = _draw(folder, content, measured, teacher_score, student_score)
-    (folder / "report.md").write_text(_markdown(content, measured, drawn, first, task))
+    write_whole(folder / "report.md", _markdown(content, measured, drawn, first, task))
+    write_whole(folder / "report.json", json.dumps(content, indent=1) + "\n")
     return content
 
 
@@ -90,7 +97,7 @@ def _markdown(
     task: Any,
 ) -> str:
     settings = content["settings"]
-    lines = [f"# {settings['model']} on {task.name}, compressed with kronbert", ""]
+    lines = [f"# {model_name(settings['model'])} on {task.name}, compressed with kronbert", ""]
     if content["synthetic"]:
         lines += ["> The data is synthetic: generated sentences. Its scores say nothing about "
                   "real text.", ""]  # fmt: skip

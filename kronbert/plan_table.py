@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from .shapes import dense_flops
+from .shapes import Groups, KroneckerShape, dense_flops
 
 if TYPE_CHECKING:
     from .planning import Plan, PlannedLayer
 
+COLUMNS = ("layer", "n", "weight", "becomes", "parameters", "ratio", "b first", "a first", "error")
+
 
 def rows(plan: Plan) -> list[tuple[str, list[PlannedLayer]]]:
     """(pattern, layers): names that differ only in their numbers, with the same shapes."""
-    found: dict[tuple[str, tuple], list[PlannedLayer]] = {}
+    found: dict[tuple[str, Groups], list[PlannedLayer]] = {}
     for layer in plan.layers:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.size.name)
         found.setdefault((pattern, layer.groups), []).append(layer)
@@ -22,51 +25,30 @@ def rows(plan: Plan) -> list[tuple[str, list[PlannedLayer]]]:
 
 
 def renderable(plan: Plan) -> Any:
-    """The table, and under it the totals per group and of the model."""
+    """The table, and under it the totals per group and of the model; fits 100 columns."""
+    from rich import box
     from rich.console import Group
     from rich.table import Table
 
-    table = Table(title=f"{plan.model_type or 'model'}: {plan.factor:.2f} times smaller")
-    for column, justify in (
-        ("layer", "left"),
-        ("n", "right"),
-        ("weight", "right"),
-        ("becomes", "left"),
-        ("parameters", "right"),
-        ("ratio", "right"),
-        ("FLOPs b first", "right"),
-        ("a first", "right"),
-        ("error", "right"),
-    ):
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1)}
+    table = Table(collapse_padding=True, **style)
+    for column in COLUMNS:
+        justify: Any = "left" if column in ("layer", "becomes") else "right"
         table.add_column(column, justify=justify, overflow="fold")
-    for pattern, layers in rows(plan):
-        one = layers[0]
-        size = one.size
-        if size.tied_to:
-            becomes = f"tied to {size.tied_to}"
-        else:
-            becomes = " + ".join(map(str, one.groups)) or "dense"
-        errors = [layer.error for layer in layers if layer.error is not None]
-        lookup = size.kind in ("embedding", "position")
-        if lookup:
-            flops = ("lookup", "")
-        elif one.groups:
-            flops = tuple(_short(sum(s.flops(o) for s in one.groups)) for o in ("b", "a"))
-        else:
-            flops = (_short(dense_flops(size.out, size.inner)), "")
-        table.add_row(
-            pattern,
-            str(len(layers)),
-            f"{size.out}x{size.inner}",
-            becomes,
-            f"{sum(layer.weights for layer in layers):,}",
-            f"{size.weights / one.weights:.1f}" if one.weights else "",
-            *flops,
-            f"{sum(errors) / len(errors):.3f}" if errors else "",
-        )
-    groups = Table()
-    for column in ("group", "layers", "weights before", "after", "ratio", "FLOPs / token"):
-        groups.add_column(column, justify="left" if column == "group" else "right")
+    for head, members in groupby(rows(plan), key=lambda row: _split(row[0])[0]):
+        # Rows stand under the part of their names that they share: it would not fit beside them.
+        under = list(members)
+        if len(under) == 1:
+            table.add_row(under[0][0], *_cells(under[0][1]))
+            continue
+        if head:
+            table.add_row(head)
+        for pattern, layers in under:
+            table.add_row("  " * bool(head) + _split(pattern)[1], *_cells(layers))
+    groups = Table(**style)
+    for column in ("group", "layers", "weights", "after", "ratio", "FLOPs / token", "after"):
+        justify = "left" if column == "group" else "right"
+        groups.add_column(column, justify=justify)
     for name, view in plan.by_group().items():
         groups.add_row(
             name,
@@ -74,27 +56,70 @@ def renderable(plan: Plan) -> Any:
             f"{view['dense']:,}",
             f"{view['weights']:,}",
             f"{view['factor']:.1f}",
+            _short(view["dense_flops"]),
             _short(view["flops"]),
         )
+    title = f"{plan.model_type or 'model'}: {plan.factor:.2f} times smaller"
     total = (
-        f"{plan.dense_parameters:,} -> {plan.parameters:,} parameters; linear layers at sequence "
-        f"128: {plan.linear_flops(dense=True) / 1e9:.2f} -> {plan.linear_flops() / 1e9:.2f} GFLOP"
+        f"{plan.dense_parameters:,} -> {plan.parameters:,} parameters; FLOPs of the linear layers "
+        f"at sequence 128:\n{_short(plan.linear_flops(dense=True))} -> "
+        f"{_short(plan.linear_flops())}. Columns a first, b first: FLOPs per token of either order."
     )
-    return Group(table, groups, total)
+    return Group(title, table, groups, total)
 
 
-def render(plan: Plan, width: int = 140) -> str:
+def render(plan: Plan, width: int = 100) -> str:
     """The table as plain text."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable(plan))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text.rstrip()
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(renderable(plan))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
+
+
+def _split(pattern: str) -> tuple[str, str]:
+    """("encoder.layer.*", "output.dense"): up to the first number, else the parent."""
+    head, star, leaf = pattern.partition(".*.")
+    if star:
+        return f"{head}.*", leaf
+    head, _, leaf = pattern.rpartition(".")
+    return head, leaf
+
+
+def _cells(layers: list[PlannedLayer]) -> list[str]:
+    """One row after its name; every layer in it has the same sizes and shapes."""
+    one = layers[0]
+    size = one.size
+    if size.tied_to:
+        becomes = "tied"
+    else:
+        becomes = " + ".join(map(_shape, one.groups)) or "dense"
+    errors = [layer.error for layer in layers if layer.error is not None]
+    if size.kind in ("embedding", "position"):
+        flops = ["lookup", "lookup"]
+    elif one.groups:
+        sums = size.out * (len(one.groups) - 1)
+        flops = [_short(sum(s.flops(order) for s in one.groups) + sums) for order in ("b", "a")]
+    else:
+        flops = [_short(dense_flops(size.out, size.inner)), ""]
+    return [
+        str(len(layers)),
+        f"{size.out}x{size.inner}",
+        becomes,
+        f"{sum(layer.weights for layer in layers):,}",
+        f"{size.weights / one.weights:.1f}" if one.weights else "",
+        *flops,
+        f"{sum(errors) / len(errors):.3f}" if errors else "",
+    ]
+
+
+def _shape(shape: KroneckerShape) -> str:
+    """Without the sizes of a truncated SVD: the weight's column has them."""
+    return f"svd({shape.rank})" if str(shape).startswith("svd") else str(shape)
 
 
 def _short(count: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
-            return f"{count / size:.1f}{unit}"
+            return f"{count / size:.{2 if unit == 'G' else 1}f}{unit}"
     return f"{count:.0f}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from .config import SCHEMA, KroneckerConfig, check_schema
+from .config import SCHEMA, KroneckerConfig, Rule, check_schema
 from .errors import PlanError
 from .presets import preset as find_preset
 from .search import best_under, choose
@@ -78,7 +78,9 @@ class PlannedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What becomes of every layer of one model: printable, editable, JSON."""
+    """What becomes of every layer of one model: printable, editable, JSON.
+
+    dense_parameters: of the whole model before, tied weights counted once."""
 
     layers: tuple[PlannedLayer, ...]
     dense_parameters: int
@@ -111,38 +113,40 @@ class Plan:
         return per_token * sequence_length
 
     def by_group(self) -> dict[str, dict[str, float]]:
-        """Per group: weights before and after, their ratio, and FLOPs per token."""
+        """Per group: layers, weights before ("dense") and after, their ratio ("factor"), and FLOPs
+        per token before ("dense_flops") and after."""
         view: dict[str, dict[str, float]] = {}
-        for layer in self.layers:
-            row = view.setdefault(
-                layer.size.group, {"layers": 0, "dense": 0, "weights": 0, "factor": 1.0, "flops": 0}
-            )
-            row["layers"] += 1
-            row["dense"] += layer.size.weights
-            row["weights"] += layer.weights
-            row["flops"] += layer.flops
-            row["factor"] = row["dense"] / max(row["weights"], 1)
+        for group in dict.fromkeys(layer.size.group for layer in self.layers):
+            layers = [layer for layer in self.layers if layer.size.group == group]
+            dense = sum(layer.size.weights for layer in layers)
+            weights = sum(layer.weights for layer in layers)
+            view[group] = {
+                "layers": len(layers),
+                "dense": dense,
+                "weights": weights,
+                "factor": dense / weights if weights else 1.0,
+                "dense_flops": sum(PlannedLayer(size=layer.size).flops for layer in layers),
+                "flops": sum(layer.flops for layer in layers),
+            }
         return view
 
     def edit(self, changes: Mapping[str, Any]) -> Plan:
-        """A plan with the named layers replaced: name -> anything `Rule.parse` takes."""
-        rules = {**self.config.rules, **changes}
-        config = replace(self.config, rules=rules)
+        """A plan with the named layers replaced: name -> anything `Rule.parse` takes.
+
+        The other layers stay as they are, so the factor may change. Raises as `make_plan` does."""
+        config = replace(self.config, rules={**self.config.rules, **changes})
         known = {layer.size.name: layer for layer in self.layers}
-        config.check_names(tuple(known))
         for name in changes:
             if name.startswith("re:"):
                 raise PlanError(f"{name!r}: edit takes full names. For patterns, plan with rules=.")
-            layer = known[name]
-            rule = config.rules[name]
-            groups = rule.fixed(layer.size.out, layer.size.inner)
-            if groups is None:
-                groups = best_under(layer.size, rule.factor or 1.0)
-            known[name] = PlannedLayer(size=layer.size, groups=checked(layer.size, groups))
-        layers = tuple(known.values())
-        return replace(self, layers=_tie_heads(layers), config=config)
+        config.check_names(tuple(known))
+        for name in changes:
+            size = known[name].size
+            known[name] = PlannedLayer(size=size, groups=ruled(size, config.rules[name]))
+        return replace(self, layers=_tie_heads(known.values()), config=config)
 
     def with_errors(self, errors: Mapping[str, float]) -> Plan:
+        """The same plan with the relative error of every fit: full name -> error."""
         layers = (replace(layer, error=errors.get(layer.size.name)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
 
@@ -170,17 +174,13 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """From `to_json`; `PlanError` for missing or unknown keys or a newer schema, `ShapeError`
+        for groups that do not make their layer's weight."""
         known = ("model_type", "dense_parameters", "config", "layers")
         data = check_schema(data, known, "Plan")
-        layers = []
-        for row in data["layers"]:
-            row = dict(row)
-            spec = row.pop("groups")
-            groups = parse_groups(spec) if spec else ()
-            error = row.pop("error", None)
-            layers.append(PlannedLayer(size=LayerSize(**row), groups=groups, error=error))
+        _need(data, ("dense_parameters", "config", "layers"), "Plan")
         return cls(
-            layers=tuple(layers),
+            layers=tuple(_layer_from_json(row) for row in data["layers"]),
             dense_parameters=data["dense_parameters"],
             config=KroneckerConfig.from_json(data["config"]),
             model_type=data.get("model_type", ""),
@@ -200,43 +200,36 @@ class Plan:
 def make_plan(inventory: Inventory, config: KroneckerConfig) -> Plan:
     """The plan for the sizes in ``inventory``.
 
-    Raises `NoMatchError` for a rule that names nothing, `ShapeError` for a shape that does not
-    divide, `PlanError` for a factor out of reach (it names the largest that is not)."""
+    A rule for one layer beats what its size would get; a ``re:`` pattern passes over layers that
+    cannot be converted. Raises `NoMatchError` for a rule that names nothing, `ShapeError` for a
+    shape that does not divide, `PlanError` for a rule on a layer that cannot be converted and for a
+    factor out of reach (it names the largest that is not)."""
     config.check_names([layer.name for layer in inventory.layers])
-    fixed: dict[str, Groups] = {}
+    planned: dict[str, PlannedLayer] = {}
     free: list[LayerSize] = []
     for layer in inventory.layers:
-        if layer.tied_to:
-            continue
+        groups: Groups = ()
         rule = config.rule(layer.name)
-        if layer.dense_because:
-            if rule is not None and not rule.dense and layer.name in config.rules:
-                raise PlanError(f"{layer.name!r} cannot be converted: {layer.dense_because}.")
-            fixed[layer.name] = ()
+        if layer.name in config.rules:
+            groups = ruled(layer, config.rules[layer.name])
+        elif layer.tied_to and layer.name in config.keep:
+            ruled(layer, Rule(dense=True))
+        elif layer.dense_because or layer.tied_to:
+            pass
         elif rule is not None:
-            groups = rule.fixed(layer.out, layer.inner)
-            if groups is None:
-                groups = best_under(layer, rule.factor or 1.0)
-            fixed[layer.name] = groups
+            groups = ruled(layer, rule)
         elif config.preset is not None:
-            fixed[layer.name] = _preset_groups(layer, config.preset)
+            groups = _preset_groups(layer, config.preset)
         elif config.factor is not None:
             free.append(layer)
-        else:
-            fixed[layer.name] = ()
-    planned = {
-        layer.name: PlannedLayer(size=layer, groups=checked(layer, fixed.get(layer.name, ())))
-        for layer in inventory.layers
-    }
+        planned[layer.name] = PlannedLayer(size=layer, groups=groups)
     if config.factor is not None:
-        settled = inventory.parameters - sum(layer.weights for layer in free)
-        settled -= sum(
-            planned[name].size.weights - planned[name].weights for name in fixed if name in planned
-        )
+        saved = sum(layer.size.weights - layer.weights for layer in planned.values())
+        settled = inventory.parameters - saved - sum(layer.weights for layer in free)
         for name, groups in choose(free, settled, inventory.parameters, config.factor).items():
-            planned[name] = PlannedLayer(size=planned[name].size, groups=groups)
+            planned[name] = replace(planned[name], groups=groups)
     plan = Plan(
-        layers=_tie_heads(tuple(planned.values())),
+        layers=_tie_heads(planned.values()),
         dense_parameters=inventory.parameters,
         config=config,
         model_type=inventory.model_type,
@@ -249,7 +242,25 @@ def make_plan(inventory: Inventory, config: KroneckerConfig) -> Plan:
     return plan
 
 
+def ruled(layer: LayerSize, rule: Rule) -> Groups:
+    """The groups ``rule`` gives this layer, checked against its sizes."""
+    if layer.tied_to:
+        raise PlanError(
+            f"{layer.name!r} shares its weight with {layer.tied_to!r} and follows it. Give the "
+            "rule, or the name to keep, of that one."
+        )
+    if layer.dense_because and not rule.dense:
+        raise PlanError(
+            f"{layer.name!r} cannot be converted: {layer.dense_because}. Take it out of the rules."
+        )
+    groups = rule.fixed(layer.out, layer.inner)
+    if groups is None:
+        return best_under(layer, rule.factor or 1.0)
+    return checked(layer, groups)
+
+
 def checked(layer: LayerSize, groups: Groups) -> Groups:
+    """``groups``, or `ShapeError` with the layer's name when they do not make its weight."""
     if groups:
         check_groups(groups, layer.out, layer.inner, repr(layer.name))
     return groups
@@ -276,3 +287,18 @@ def _tie_heads(layers: Iterable[PlannedLayer]) -> tuple[PlannedLayer, ...]:
         replace(layer, groups=known[layer.size.tied_to].groups) if layer.size.tied_to else layer
         for layer in known.values()
     )
+
+
+def _layer_from_json(row: Mapping[str, Any]) -> PlannedLayer:
+    sizes = [field.name for field in fields(LayerSize)]
+    row = check_schema(row, (*sizes, "groups", "error"), "Plan layer")
+    _need(row, ("name", "kind", "group", "out", "inner", "groups"), "Plan layer")
+    size = LayerSize(**{key: row[key] for key in sizes if key in row})
+    groups = checked(size, parse_groups(row["groups"]) if row["groups"] else ())
+    return PlannedLayer(size=size, groups=groups, error=row.get("error"))
+
+
+def _need(data: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if key not in data:
+            raise PlanError(f"{where}: key {key!r} is missing. Write the file with to_json.")

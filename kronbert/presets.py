@@ -10,6 +10,7 @@ land on its 5.7 M parameters and 19 times.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import PlanError, ShapeError, near
 from .shapes import KroneckerShape
@@ -19,7 +20,7 @@ from .shapes import KroneckerShape
 class Small:
     """The small matrix (out, inner) of a product, and whether it is ``a`` or ``b``."""
 
-    side: str
+    side: Literal["a", "b"]
     out: int
     inner: int
     rank: int = 1
@@ -39,7 +40,9 @@ class Small:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """attention, expand (feed-forward in -> wide), contract (wide -> out), word embedding."""
+    """attention, expand (feed-forward in -> wide), contract (wide -> out), word embedding.
+
+    source: where the shapes come from, and BERT-base's size and factor with them."""
 
     attention: Small
     expand: Small

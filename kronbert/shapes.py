@@ -18,7 +18,8 @@ class KroneckerShape:
     """The sizes of ``sum_r a[r] ⊗ b[r]``: a (rank, a_out, a_in), b (rank, b_out, b_in).
 
     The weight it stands for is (a_out * b_out, a_in * b_in), as `nn.Linear` stores it. A truncated
-    SVD of rank r is the member (out x 1) ⊗ (1 x in).
+    SVD of rank r is the member (out x 1) ⊗ (1 x in). Raises `ShapeError` for a size that is no
+    whole number >= 1.
     """
 
     a_out: int
@@ -31,7 +32,10 @@ class KroneckerShape:
         for name in ("a_out", "a_in", "b_out", "b_in", "rank"):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ShapeError(f"KroneckerShape({name}={size!r}): expected a whole number >= 1.")
+                raise ShapeError(
+                    f"KroneckerShape({name}={size!r}): expected a whole number >= 1. For a layer "
+                    "that stays dense use the rule 'dense'."
+                )
 
     @property
     def out_features(self) -> int:
@@ -55,7 +59,7 @@ class KroneckerShape:
         """Additions and multiplications per input row; ``order`` None: the cheaper one.
 
         Tahaei et al. 2022, section 3.2: b first costs (2 b_in - 1) b_out a_in for x · bᵀ and
-        (2 a_in - 1) b_out a_out for a · z.
+        (2 a_in - 1) b_out a_out for a · z. Adding the terms up comes on top, (rank - 1) out.
         """
         if order is None:
             order = self.order
@@ -83,9 +87,6 @@ class KroneckerShape:
         terms = f"{self.rank}·" if self.rank > 1 else ""
         return f"{terms}{self.a_out}x{self.a_in}⊗{self.b_out}x{self.b_in}"
 
-    def to_list(self) -> list[int]:
-        return [self.a_out, self.a_in, self.b_out, self.b_in, self.rank]
-
     @property
     def spec(self) -> str:
         """The ASCII form that files hold and `parse` reads: ``4:384x48*2x16``."""
@@ -94,7 +95,9 @@ class KroneckerShape:
 
     @classmethod
     def parse(cls, text: str) -> KroneckerShape:
-        """``"384x48*2x16"`` or ``"4·384x48⊗2x16"``: a, b and, in front, the rank."""
+        """``"384x48*2x16"`` or ``"4·384x48⊗2x16"``: a, b and, in front, the rank.
+
+        Raises `ShapeError` for any other text."""
         match = re.fullmatch(r"(?:(\d+)\s*[·:]\s*)?(\d+)x(\d+)\s*[*⊗]\s*(\d+)x(\d+)", text.strip())
         if match is None:
             raise ShapeError(
@@ -102,7 +105,8 @@ class KroneckerShape:
                 "example '384x48⊗2x16', or '4·384x48⊗2x16' for a sum of 4."
             )
         rank, *sizes = match.groups()
-        return cls(*(int(size) for size in sizes), rank=int(rank or 1))
+        a_out, a_in, b_out, b_in = (int(size) for size in sizes)
+        return cls(a_out, a_in, b_out, b_in, int(rank or 1))
 
 
 Groups = tuple[KroneckerShape, ...]
@@ -110,7 +114,7 @@ Groups = tuple[KroneckerShape, ...]
 
 
 def parse_groups(text: str) -> Groups:
-    """Groups written as ``spec`` joined by " + "."""
+    """Groups written as ``spec`` joined by " + "; `ShapeError` for any other text."""
     return tuple(KroneckerShape.parse(part) for part in text.split("+"))
 
 
@@ -119,6 +123,11 @@ def check_groups(groups: Sequence[KroneckerShape], out: int, inner: int, where: 
     if not groups:
         raise ShapeError(f"{where}: expected at least one Kronecker shape, got none.")
     for shape in groups:
+        if not isinstance(shape, KroneckerShape):
+            raise ShapeError(
+                f"{where}: {shape!r} is a {type(shape).__name__}, expected a KroneckerShape. For "
+                "text: KroneckerShape.parse('384x48*2x16')."
+            )
         for label, part, whole in (
             ("a_out", shape.a_out, out),
             ("b_out", shape.b_out, out),
@@ -128,10 +137,14 @@ def check_groups(groups: Sequence[KroneckerShape], out: int, inner: int, where: 
             if whole % part:
                 side = "out_features" if label.endswith("out") else "in_features"
                 low, high = near_divisors(part, whole)
+                nearest = (
+                    f"The nearest divisor is {low}: use it"
+                    if low == high
+                    else f"The nearest divisors are {low} and {high}: use one of them"
+                )
                 raise ShapeError(
-                    f"{where}: {label}={part} does not divide {side}={whole}. The nearest divisors "
-                    f"are {low} and {high}: use one of them, or leave the layer dense "
-                    "(keep=[its name])."
+                    f"{where}: {label}={part} does not divide {side}={whole}. {nearest}, or leave "
+                    "the layer dense (keep=[its name])."
                 )
         if (shape.out_features, shape.in_features) != (out, inner):
             raise ShapeError(
@@ -149,7 +162,8 @@ def divisors(n: int) -> Iterator[int]:
 
 
 def near_divisors(part: int, whole: int) -> tuple[int, int]:
-    """The largest divisor of whole below part and the smallest above it."""
+    """The largest divisor of whole up to part and the smallest from it on; twice whole when part is
+    larger."""
     below = [d for d in divisors(whole) if d <= part] or [1]
     above = [d for d in divisors(whole) if d >= part] or [whole]
     return below[-1], above[0]

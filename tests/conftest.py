@@ -73,3 +73,66 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.fail(f"KRONBERT_DATA_DIR={named}: no such folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BERT (2 layers, 32 wide) without a task head, and its tokenizer."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-bert"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TINY_WORDS, ".", "##s"]
+    core = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.tsv (256 rows) and dev.tsv (96): which words of a sentence prevail."""
+    folder = tmp_path_factory.mktemp("task") / "moods"
+    folder.mkdir()
+    rng = random.Random(0)
+    for name, rows in (("train", 256), ("dev", 96)):
+        lines = ["text\tlabel"]
+        for i in range(rows):
+            prevailing, other = (TINY_GOOD, TINY_BAD) if i % 2 else (TINY_BAD, TINY_GOOD)
+            said = rng.choices(prevailing, k=rng.randint(2, 4)) + rng.choices(other, k=1)
+            said += rng.choices(TINY_PLAIN, k=rng.randint(1, 8))
+            rng.shuffle(said)
+            lines.append(f"{' '.join(said)}\t{'glad' if i % 2 else 'cross'}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+TINY_GOOD = ["good", "fine", "bright", "kind", "warm", "fresh"]
+TINY_BAD = ["bad", "poor", "dull", "rude", "cold", "stale"]
+TINY_PLAIN = ["the", "a", "soup", "room", "film", "was", "and", "it", "here", "today"]
+TINY_WORDS = [*TINY_GOOD, *TINY_BAD, *TINY_PLAIN]

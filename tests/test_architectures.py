@@ -116,7 +116,9 @@ CASES = [
     Case(
         "ViTForImageClassification",
         {
-            **{k: v for k, v in SMALL.items() if k not in ("vocab_size", "max_position_embeddings")},
+            **{
+                k: v for k, v in SMALL.items() if k not in ("vocab_size", "max_position_embeddings")
+            },
             "image_size": 24,
             "patch_size": 8,
         },
@@ -252,7 +254,9 @@ def test_rules_reach_every_architecture(case):
         for name, module in teacher.named_modules()
         if type(module) in (nn.Linear, Conv1D) and ".0." in name
     )
-    pattern = "re:" + wide.replace(".0.", r".\d+.").replace(".", r"\.").replace(r"\.\d+\.", r"\.\d+\.")
+    pattern = "re:" + wide.replace(".0.", r".\d+.").replace(".", r"\.").replace(
+        r"\.\d+\.", r"\.\d+\."
+    )
     student = kronbert.convert(teacher, rules={pattern: {"rank": 96}})
     layers = [x.size.name for x in student.kronecker_plan.converted]
     assert wide in layers
@@ -262,7 +266,9 @@ def test_rules_reach_every_architecture(case):
         if not isinstance(module, KroneckerEmbedding | KroneckerLMHead)
     )
     inputs = batch(case)
-    torch.testing.assert_close(outputs(student, inputs), outputs(teacher, inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        outputs(student, inputs), outputs(teacher, inputs), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_gpt2_keeps_its_layer_types():

@@ -60,7 +60,11 @@ TABLE = {
     "fusion": Row(MODULES, outside="torch", outside_lazily="transformers"),
     # Models.
     "inventory": Row(PLANNING, outside="torch transformers"),
-    "hf": Row(f"{PLANNING} {MODULES} inventory", outside="torch transformers", outside_lazily="safetensors"),
+    "hf": Row(
+        f"{PLANNING} {MODULES} inventory",
+        outside="torch transformers",
+        outside_lazily="safetensors",
+    ),
     "hf_hook": Row(lazily="hf"),
     "conversion": Row(MODEL, lazily="hf", outside="torch transformers"),
     "checkpoint": Row(

@@ -1,0 +1,141 @@
+"""The output folder of a job: its settings and finished steps, whole at every moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+Say = Callable[[str], None]
+
+BYTES_PER_PARAMETER = 40
+"""float32 with Adam's two moments, three checkpoints at the moment one is replaced, one result."""
+
+OWN = ("teacher", "stage1", "student", "report.json")
+
+
+class JobFolder:
+    """``state.json`` (settings, data, finished steps) and the models in one output folder.
+
+    Every file is replaced as a whole, so a killed run leaves either the state before a step or the
+    one after it. Raises `CheckpointError` for a folder that cannot be written, or that holds
+    something else: a run with other settings, or models of another origin."""
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], say: Say) -> None:
+        self.path, self.say = Path(path), say
+        writable(self.path)
+        self.file = self.path / "state.json"
+        asked = json.loads(json.dumps(settings))
+        self.state: dict[str, Any] = {"settings": asked, "data": None, "steps": {}}
+        if self.file.is_file():
+            self.state = self._before(asked)
+        else:
+            foreign = [name for name in OWN if (self.path / name).exists()]
+            if foreign:
+                raise CheckpointError(
+                    f"{self.path}: holds {', '.join(foreign)}, but no state.json of a run that "
+                    "could be resumed. Nothing is overwritten: choose another --output."
+                )
+
+    def _before(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads(self.file.read_text())
+            before = state["settings"]
+            _ = state["steps"], state["data"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.file}: not the state of a run ({error}). Choose another --output, or "
+                "remove the folder to start again."
+            ) from error
+        changed = sorted(k for k in {*asked, *before} if before.get(k) != asked.get(k))
+        changed = [key for key in changed if key != "output"]
+        if changed:
+            raise CheckpointError(
+                f"{self.path}: holds a run with other settings ("
+                + ", ".join(f"{k} {before.get(k)!r} -> {asked.get(k)!r}" for k in changed)
+                + "). Use the same settings to resume it, or another --output."
+            )
+        return state
+
+    def begin(self, data: str) -> None:
+        """Write the state before anything is trained. data: what the rows are and how many."""
+        if self.state["data"] not in (None, data):
+            raise CheckpointError(
+                f"{self.path}: began with the data {self.state['data']!r}, which is {data!r} now. "
+                "Restore the data to resume, or choose another --output."
+            )
+        self.state["data"] = data
+        self._write()
+
+    def _write(self) -> None:
+        write_whole(self.file, json.dumps(self.state, indent=1) + "\n")
+
+    def done(self, *steps: str) -> bool:
+        return all(name in self.state["steps"] for name in steps)
+
+    def step(self, name: str, what: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a step: run now, or kept from before the interruption.
+
+        Its checkpoints, in the folder `run_of` names, are removed after the result is recorded."""
+        if self.done(name):
+            self.say(f"{what}: done before")
+        else:
+            self.say(what)
+            start = time.monotonic()
+            result = run()
+            result["seconds"] = round(time.monotonic() - start, 1)
+            self.state["steps"][name] = result
+            self._write()
+        shutil.rmtree(self.run_of(name), ignore_errors=True)
+        found: dict[str, Any] = self.state["steps"][name]
+        return found
+
+    def run_of(self, step: str) -> Path:
+        """Where the checkpoints of a step lie while it runs."""
+        return self.path / f"{step}-run"
+
+    def need_space(self, parameters: int) -> None:
+        """Raise `CheckpointError` unless a training of so many parameters fits on the disk."""
+        free = shutil.disk_usage(self.path).free
+        needed = BYTES_PER_PARAMETER * parameters
+        if free < needed:
+            raise CheckpointError(
+                f"{self.path}: {free / 2**20:,.0f} MiB free, about {needed / 2**20:,.0f} MiB "
+                "needed for checkpoints. Free some space or choose another --output."
+            )
+
+    def save_model(self, model: Any, tokenizer: Any, name: str) -> None:
+        """``name/`` as a whole or not at all."""
+        scratch, final = self.path / f".{name}.part", self.path / name
+        shutil.rmtree(scratch, ignore_errors=True)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(scratch, final)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """The file with its new content, or, after a kill at any moment, with its old one."""
+    scratch = file.with_name(f".{file.name}.part")
+    scratch.write_text(text)
+    os.replace(scratch, file)
+
+
+def writable(folder: str | Path) -> None:
+    """Make ``folder`` if need be; `CheckpointError` where it cannot be written."""
+    folder = Path(folder)
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("full disks refuse this line, not the empty file\n")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error.strerror}). Choose another --output."
+        ) from error

@@ -1,0 +1,160 @@
+"""Opens models and tokenizers by name, and asks whether a teacher suits its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, DistillError, KronbertError
+
+
+def open_pretrained(auto: Any, name: str, **kwargs: Any) -> Any:
+    """``auto.from_pretrained(name)``; `DataError` in plain words where there is nothing to load."""
+    from safetensors import SafetensorError
+
+    folder = Path(name).expanduser()
+    by_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name
+    if by_path and not folder.exists():
+        raise DataError(f"model {name!r}: no such folder.")
+    if by_path and not folder.is_dir():
+        raise DataError(f"model {name!r}: a file; expected the folder that save_pretrained wrote.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(
+            f"model {name!r}: the folder holds no config.json. Expected what save_pretrained wrote."
+        )
+    try:
+        return auto.from_pretrained(str(folder) if folder.is_dir() else name, **kwargs)
+    except KronbertError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if folder.is_dir():
+            raise DataError(
+                f"model {name!r}: the folder cannot be read ({reason}). Expected what "
+                "save_pretrained wrote, of the model and of its tokenizer."
+            ) from error
+        raise DataError(
+            f"model {name!r}: no such folder here, and the Hugging Face hub does not give it "
+            f"({reason})."
+        ) from error
+
+
+def model_name(name: str) -> str:
+    """The name for a reader: a hub name, or the end of a folder's path."""
+    folder = Path(name).expanduser()
+    return "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else name
+
+
+def open_model(name: str) -> Any:
+    """A model with the class that saved it."""
+    import transformers
+
+    config = open_pretrained(transformers.AutoConfig, name)
+    saved_as = (config.architectures or ["AutoModel"])[0]
+    return open_pretrained(getattr(transformers, saved_as, transformers.AutoModel), name)
+
+
+def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
+    """(model with a head for ``task``, whether it is fine-tuned already).
+
+    A checkpoint saved as ``...ForSequenceClassification`` is a fine-tuned teacher; its head must
+    have the task's classes. The weights of a new head are random: set a seed before."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = open_pretrained(AutoConfig, name)
+    saved_as = (config.architectures or [""])[0]
+    if not saved_as.endswith("ForSequenceClassification"):
+        head: dict[str, Any] = {"num_labels": task.num_labels}
+        if task.labels is None:
+            head["problem_type"] = "regression"
+        else:
+            head["id2label"] = dict(enumerate(task.labels))
+            head["label2id"] = {label: i for i, label in enumerate(task.labels)}
+        with quiet():
+            return open_pretrained(AutoModelForSequenceClassification, name, **head), False
+    if config.num_labels != task.num_labels:
+        raise DistillError(
+            f"{name}: its head has {_count(config.num_labels)}, task {task.name!r} has "
+            f"{_count(task.num_labels)}. Give a teacher fine-tuned for the task, or its base model."
+        )
+    _check_labels(name, config, task)
+    model, loaded = open_pretrained(
+        AutoModelForSequenceClassification, name, output_loading_info=True
+    )
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise DistillError(
+            f"{name}: saved as {saved_as}, but without {', '.join(missing[:3])}, which would be "
+            "random numbers. Give a complete checkpoint, or its base model."
+        )
+    return model, True
+
+
+def class_names(model: Any) -> list[str] | None:
+    """The model's own names of its classes; None where it has the library's LABEL_0, LABEL_1."""
+    config = model.config
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    return None if all(name.lower().startswith("label_") for name in names) else names
+
+
+def check_finite(model: Any, name: str, what_to_do: str) -> None:
+    """Raise `DistillError` for the first parameter with NaN or infinity in it."""
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise DistillError(f"{name}: {key!r} holds NaN or infinity. {what_to_do}")
+
+
+def check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise `DistillError` where the model cannot read what the tokenizer writes."""
+    if tokenizer.pad_token is None:
+        raise DistillError(
+            f"{name}: its tokenizer has no padding token, so rows cannot be batched. Set "
+            "tokenizer.pad_token and the model's config.pad_token_id, and save both."
+        )
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise DistillError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows. Give "
+            "the model with the tokenizer it was trained with."
+        )
+
+
+def longest(config: Any, tokenizer: Any) -> int:
+    """Tokens that model and tokenizer take in one row."""
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if config.model_type in ("roberta", "camembert", "xlm-roberta"):
+        positions -= 2  # positions are counted from the padding index on
+    return int(min(positions, tokenizer.model_max_length))
+
+
+def _check_labels(name: str, config: Any, task: Any) -> None:
+    """A fine-tuned head with the task's label names in another order would score nonsense."""
+    own = [str(config.id2label[i]).lower() for i in range(config.num_labels)]
+    asked = [label.lower() for label in task.labels or ()]
+    if own != asked and sorted(own) == sorted(asked):
+        raise DistillError(
+            f"{name}: its classes are {own}, task {task.name!r} has them as {asked}. Change the "
+            "data's label order, or fine-tune the base model here."
+        )
+
+
+def _count(labels: int) -> str:
+    return "1 output (a score)" if labels == 1 else f"{labels} classes"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its bars for files and its list of a new head's weights."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,82 @@
+"""`KroneckerLMHead`: logits of the tied table, through every copy of the two."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from kronbert import KroneckerEmbedding, KroneckerLMHead, KroneckerShape
+
+GROUPS = (KroneckerShape(30, 4, 1, 3, 2), KroneckerShape(30, 1, 1, 12, 2))
+
+
+class Tied(nn.Module):
+    """The smallest masked LM."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = KroneckerEmbedding(30, 12, GROUPS)
+        self.head = KroneckerLMHead(self.embedding, nn.Parameter(torch.randn(30)))
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+def test_logits_are_those_of_the_table():
+    model = Tied().double()
+    h = torch.randn(2, 5, 12, dtype=torch.float64)
+    expected = h @ model.embedding.weight.T + model.head.bias
+    torch.testing.assert_close(model.head(h), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(model.head.weight, model.embedding.weight)
+    assert "12, 30, tied to 2·30x4⊗1x3 + svd(2) 30x12, bias=True" in repr(model.head)
+
+
+def test_owns_only_its_bias():
+    model = Tied()
+    assert [name for name, _ in model.head.named_parameters()] == ["bias"]
+    assert sorted(model.state_dict()) == sorted(
+        [*(f"embedding.{name}" for name in ("a", "b", "a_1", "b_1")), "head.bias"]
+    )
+    assert list(KroneckerLMHead(model.embedding).parameters()) == []
+
+
+COPIES = {
+    "itself": lambda model: model,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "cast": lambda model: copy.deepcopy(model).double(),
+}
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+def test_a_step_on_the_embedding_moves_the_head(make):
+    first = Tied()
+    model = make(first)
+    assert model.head.table is model.embedding
+    h = torch.randn(3, 12).to(model.embedding.a.dtype)
+    before = model.head(h)
+    original = first.embedding.a.detach().clone()
+    optimizer = torch.optim.SGD(model.embedding.parameters(), 0.1)
+    model(torch.tensor([1, 2])).logsumexp(-1).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.head(h), before)
+    torch.testing.assert_close(model.head(h), h @ model.embedding.weight.T + model.head.bias)
+    assert model is first or torch.equal(first.embedding.a, original)
+
+
+def test_dense_twin_is_tied_to_the_dense_table():
+    model = Tied().eval()
+    table = model.embedding.to_embedding()
+    head = model.head.to_linear(table)
+    assert head.weight is table.weight
+    h = torch.randn(3, 12)
+    torch.testing.assert_close(head(h), model.head(h))
+    assert head.bias is not model.head.bias
+    assert not head.training
+
+
+def test_tying_a_dense_weight_to_it_is_refused():
+    with pytest.raises(AttributeError, match="its table is the tied KroneckerEmbedding"):
+        Tied().head.weight = nn.Parameter(torch.zeros(30, 12))

@@ -1,0 +1,102 @@
+"""What a plan is made from: sizes, kinds and ties of a model or of its config alone."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertModel
+
+from kronbert import PlanError
+from kronbert.inventory import inventory, swap
+
+SMALL = {
+    "vocab_size": 384,
+    "hidden_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 144,
+}
+
+
+def test_bert_masked_lm():
+    model = BertForMaskedLM(BertConfig(**SMALL))
+    found = inventory(model)
+    layers = {x.name: x for x in found.layers}
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.model_type == "bert"
+    assert {x.name: (x.kind, x.group, x.out, x.inner) for x in found.layers} == {
+        "bert.embeddings.word_embeddings": ("embedding", "embedding", 384, 48),
+        "bert.embeddings.position_embeddings": ("position", "embedding", 144, 48),
+        "bert.embeddings.token_type_embeddings": ("embedding", "embedding", 2, 48),
+        **{
+            f"bert.encoder.layer.0.attention.{name}": ("linear", "attention", 48, 48)
+            for name in ("self.query", "self.key", "self.value", "output.dense")
+        },
+        "bert.encoder.layer.0.intermediate.dense": ("linear", "feed-forward", 96, 48),
+        "bert.encoder.layer.0.output.dense": ("linear", "feed-forward", 48, 96),
+        "cls.predictions.transform.dense": ("linear", "other", 48, 48),
+        "cls.predictions.decoder": ("head", "embedding", 384, 48),
+    }
+    assert layers["cls.predictions.decoder"].tied_to == "bert.embeddings.word_embeddings"
+    assert layers["cls.predictions.decoder"].weights == 0
+    assert "2 rows are too few" in layers["bert.embeddings.token_type_embeddings"].dense_because
+
+
+def test_a_config_gives_what_its_model_gives():
+    config = BertConfig(**SMALL, architectures=["BertForMaskedLM"])
+    assert inventory(config) == inventory(BertForMaskedLM(config))
+    config = BertConfig(**SMALL)
+    assert inventory(config) == inventory(BertModel(config))
+
+
+def test_a_config_takes_no_memory():
+    """A table of 400 GB is only counted."""
+    big = inventory(BertConfig(**{**SMALL, "vocab_size": 2 * 10**9}))
+    assert big.parameters > 9 * 10**10
+
+
+def test_an_untied_decoder_is_a_linear():
+    config = BertConfig(**SMALL, tie_word_embeddings=False)
+    decoder = inventory(BertForMaskedLM(config)).layers[-1]
+    assert (decoder.kind, decoder.tied_to, decoder.weights) == ("linear", None, 384 * 48)
+
+
+def test_other_shared_weights_stay_dense():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12))
+    model[2].weight = model[0].weight
+    reasons = [layer.dense_because for layer in inventory(model).layers]
+    assert reasons == ["it shares its weight with '2'", None, "it shares its weight with '0'"]
+
+
+@pytest.mark.parametrize(
+    "option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}]
+)
+def test_options_without_a_kronecker_form_stay_dense(option):
+    (layer,) = inventory(nn.Embedding(200, 12, **option)).layers
+    assert "have no Kronecker form" in layer.dense_because
+
+
+def test_subclasses_are_left_alone():
+    assert inventory(nn.MultiheadAttention(12, 2)).layers == ()
+
+
+def test_refusals():
+    with pytest.raises(PlanError, match=r"plan\(str\): expected a model .*AutoConfig"):
+        inventory("bert-base-uncased")
+    config = AutoConfig.for_model("bert", architectures=["MyBert"])
+    with pytest.raises(PlanError, match=r"'MyBert', which transformers does not have"):
+        inventory(config)
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(PlanError, match="before sharding"):
+        inventory(model)
+
+
+def test_swap_reaches_every_place_of_a_module():
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(3, 3))})
+    new = nn.Identity()
+    swap(model, {"a": new})
+    assert model["a"] is new
+    assert model["b"][0] is new
+    assert isinstance(model["b"][1], nn.Linear)
