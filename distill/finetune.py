@@ -70,6 +70,7 @@ def run_stage(
             "bf16": use_bf16(precision),
             "use_cpu": not torch.cuda.is_available(),
             "report_to": "none",
+            "disable_tqdm": False,
             **arguments,
         },
     )

@@ -162,7 +162,8 @@ def _rows(flat: Tensor, a: Tensor, b: Tensor, sparse: bool) -> Tensor:
     _, rank, a_in = a.shape
     _, b_out, b_in = b.shape
     entry = flat if b_out == 1 else flat.div(b_out, rounding_mode="floor")
-    picked = F.embedding(entry, a.flatten(1), sparse=sparse).view(n, rank, a_in).transpose(1, 2)
+    table = a.reshape(a.shape[0], rank * a_in)
+    picked = F.embedding(entry, table, sparse=sparse).view(n, rank, a_in).transpose(1, 2)
     if b_out == 1:
         # (n a_in, rank) · (rank, b_in): one plain product for every rank and b_in.
         return (picked.reshape(n * a_in, rank) @ b[:, 0]).view(n, a_in * b_in)
@@ -191,7 +192,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 def _autocast(x: Tensor, groups: Pairs, bias: Tensor | None) -> tuple[Tensor, Pairs, Tensor | None]:
     """Cast as autocast casts the operands of a product: every float except float64."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         return x, groups, bias
     dtype = torch.get_autocast_dtype(x.device.type)
 

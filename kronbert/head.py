@@ -56,7 +56,7 @@ class KroneckerLMHead(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, torch.Tensor):
             raise AttributeError(
-                "KroneckerLMHead has no weight of its own: its table is the tied KroneckerEmbedding. "
-                "kronbert.merge(model) gives a dense head."
+                "KroneckerLMHead has no weight of its own: its table is the tied "
+                "KroneckerEmbedding. kronbert.merge(model) gives a dense head."
             )
         super().__setattr__(name, value)

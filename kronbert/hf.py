@@ -16,11 +16,6 @@ from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -312,10 +307,12 @@ def check_tensors(files: list[Path], layers: Mapping[str, nn.Module], model: nn.
         shapes.update(safetensors_shapes(file))
     names = own_names(model, shapes)
     found: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in layers}
+    prefix = getattr(model, "base_model_prefix", "") + "."
     for stored, shape in shapes.items():
         layer, _, leaf = names[stored].rpartition(".")
-        if layer in found:
-            found[layer][leaf] = shape
+        # transformers adds or removes the prefix only for tensors that the model has.
+        for name in {layer, prefix + layer, layer.removeprefix(prefix)} & found.keys():
+            found[name][leaf] = shape
     where = files[0].parent
     mixed = "The two files do not belong together: save the student again."
     for name, module in layers.items():
@@ -365,13 +362,3 @@ def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             f"{file}: truncated: {size} bytes of {length + 8 + end}. Copy or download it again."
         )
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-
-def register() -> None:
-    """Tell transformers about quant_method "kronecker"; once."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(KroneckerQuantizationConfig)
-        register_quantizer(METHOD)(KroneckerQuantizer)
-
-
-register()

@@ -2,7 +2,9 @@
 
 Importing transformers' quantizer registry costs more than half of `import torch, transformers`
 (1.6 s beside 2.5 s on a 2-core Xeon), so kronbert waits until something imports it:
-`from_pretrained` of any model does."""
+`from_pretrained` of any model does. What is registered then are two stand-ins that import
+`kronbert.hf` when a Kronecker checkpoint is met: an import from within the registry's own import
+would wait for a thread that is importing `kronbert.hf`, which waits for the registry."""
 
 from __future__ import annotations
 
@@ -13,14 +15,30 @@ import sys
 from types import ModuleType
 from typing import Any
 
+METHOD = "kronecker"
 REGISTRY = "transformers.quantizers.auto"
 
 
-def _register() -> None:
-    # Registers while it is imported. A thread that is importing it now does so when it is done.
-    hf = importlib.import_module(".hf", __package__)
-    if hasattr(hf, "register"):
-        hf.register()
+def register(registry: Any) -> None:
+    """Tell transformers about quant_method "kronecker"; once."""
+    if METHOD in registry.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+
+    class LazyConfig(registry.QuantizationConfigMixin):
+        @classmethod
+        def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+            from .hf import KroneckerQuantizationConfig
+
+            return KroneckerQuantizationConfig.from_dict(*args, **kwargs)
+
+    class LazyQuantizer(registry.HfQuantizer):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            from .hf import KroneckerQuantizer
+
+            return KroneckerQuantizer(*args, **kwargs)
+
+    registry.register_quantization_config(METHOD)(LazyConfig)
+    registry.register_quantizer(METHOD)(LazyQuantizer)
 
 
 class _RegisterAfter(importlib.abc.Loader):
@@ -33,12 +51,12 @@ class _RegisterAfter(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module keeps no trace of us: its source, data and pickles come from its own loader.
+        # The module keeps no trace of us: its source and data come from its own loader.
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        _register()
+        register(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -66,4 +84,5 @@ def install() -> None:
     if not any((type(f).__module__, type(f).__qualname__) == ours for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if REGISTRY in sys.modules:
-        _register()
+        # Waits for another thread that is executing it.
+        register(importlib.import_module(REGISTRY))

@@ -178,9 +178,9 @@ def error_per_layer(rows: Mapping[str, float], path: str | Path) -> None:
             _draw_bars(panels[0], bars)
         if lines:
             _draw_lines(panels[-1], lines)
-        panels[0].set_ylabel("relative error  ||student − teacher|| / ||teacher||")
+        panels[0].set_ylabel("relative error of the weight")
         figure.suptitle(
-            "Distance of the student's weights from the teacher's",
+            "Distance of the student's weights from the teacher's:  ||S − T|| / ||T||",
             x=0.01,
             ha="left",
             fontsize=11,
@@ -267,7 +267,8 @@ def _draw_bars(axes: Axes, bars: Mapping[str, float]) -> None:
                       ha="center", fontsize=8.5)  # fmt: skip
     axes.set_ylim(0, max(1.0, 1.08 * max(bars.values())))
     axes.set_title("Outside the layers", fontsize=9.5, fontweight="normal")
-    axes.set_xticks(places, list(bars), rotation=35, ha="right", rotation_mode="anchor")
+    names = [name.replace(" ", "\n") for name in bars]
+    axes.set_xticks(places, names, rotation=35, ha="right", rotation_mode="anchor")
     axes.grid(axis="x", visible=False)
 
 
@@ -318,7 +319,7 @@ def _style(index: int) -> tuple[str, str]:
 
 def _unit(metric: str) -> str:
     """Matthews and Spearman run from -1 to 1, so they are no percentages."""
-    return "%" if re.search(r"accuracy|f1", metric) else "× 100"
+    return "%" if re.search(r"accuracy|f1", metric, re.IGNORECASE) else "× 100"
 
 
 def _plain_log(axis: Any, steps: Sequence[int], unit: str = "") -> None:

@@ -27,6 +27,15 @@ SHORT = {"teacher_epochs": 3, "teacher_learning_rate": 3e-3, "epochs": 4, "learn
          "batch_size": 16, "precision": "fp32"}  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small lose by a second thread; the killed command has one, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def hurried_report(monkeypatch):
     """Latency is timed for a moment only: its figures are not read here."""
@@ -54,7 +63,7 @@ def assert_equal(found, expected):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_bert, tiny_task, tmp_path_factory):
+def finished(tiny_bert, tiny_task, tmp_path_factory, one_thread):
     """(folder, settings, report.json's content, what was said) of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("jobs") / "whole"
     settings = settings_for(tiny_bert, tiny_task, folder)
@@ -180,11 +189,8 @@ def test_fine_tuned_teacher_is_taken_as_it_is(finished, tiny_task, tmp_path):
     assert content["history"]["teacher"] == []
     losses = [row["loss"] for row in content["history"]["stage1"] if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
-    start, whole = (
-        run["scores"]["student_before_distillation"]["validation"]["accuracy"]
-        for run in (content, finished[2])
-    )
-    assert start > whole, "stage 2 did not start from stage 1's student"
+    start, whole = (run["history"]["task"][0]["loss_ffn"] for run in (content, finished[2]))
+    assert start < 0.8 * whole, "stage 2 did not start from stage 1's student"
     assert any(line.startswith("2/4 stage 1") for line in said)
 
 
@@ -224,7 +230,7 @@ def kill_in(step, settings, folder):
              str(folder)]  # fmt: skip
     for key, value in SHORT.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     log = folder.parent / f"{folder.name}.log"
     with log.open("w") as out:
         run = subprocess.Popen(
@@ -258,7 +264,8 @@ def test_killed_run_resumes_to_the_same_student(finished, tmp_path, step, broken
     resumed = [line for line in said if line.startswith("resumed after step")]
     assert len(resumed) == 1
     assert int(resumed[0].split()[-1]) > 0
-    assert [line.endswith("done before") for line in said if "/4" in line][0] is (step == "task")
+    before = [line.endswith("done before") for line in said if "/4" in line]
+    assert before == [step == "task", False, False]
     assert_equal(weights(folder / "teacher"), weights(whole / "teacher"))
     assert_equal(weights(folder / "student"), weights(whole / "student"))
     assert again["scores"] == content["scores"]

@@ -138,9 +138,9 @@ def test_a_shape_that_does_not_fit():
         KroneckerLinear(14, 15, KroneckerShape(4, 2, 5, 7))
     with pytest.raises(ShapeError, match="at least one Kronecker shape"):
         KroneckerLinear(14, 15, ())
+    dense = nn.Linear(14, 15)
+    dense.weight.data[3, 2] = torch.nan
     with pytest.raises(ShapeError, match="NaN or infinity"):
-        dense = nn.Linear(14, 15)
-        dense.weight.data[3, 2] = torch.nan
         KroneckerLinear.from_linear(dense, ONE)
 
 

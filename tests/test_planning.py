@@ -126,7 +126,7 @@ def test_a_pattern_passes_over_what_cannot_be_converted():
 
 def test_a_tied_head_follows_its_table():
     for rules, groups in (({}, True), ({WORD: "dense"}, False)):
-        found = planned(make_plan(encoder(), KroneckerConfig(factor=1.5, rules=rules)))
+        found = planned(make_plan(encoder(), KroneckerConfig(factor=2.5, rules=rules)))
         assert found[HEAD].groups == found[WORD].groups
         assert bool(found[WORD].groups) is groups
         assert found[HEAD].weights == 0
@@ -178,7 +178,7 @@ def test_edit_replaces_the_named_layers_only():
     assert changed <= {QUERY, WORD, HEAD}
     assert edited.config.rules[QUERY].rank == 5
     assert edited.factor < plan.factor
-    assert plan.edit({QUERY: {"factor": 9}}).layers != plan.layers
+    assert plan.edit({QUERY: {"factor": 8}}).layers != plan.layers
     assert Plan.from_json(json.loads(json.dumps(edited.to_json()))) == edited
 
 

@@ -62,10 +62,9 @@ def test_one_transformer_layer_with_biases_and_norms(bert):
 
 def test_flops_order_is_chosen_per_matrix(bert):
     plan = make_plan(bert, KroneckerConfig(preset="k21"))
-    order = {
-        p.size.name.removeprefix("encoder.layer.0."): p.groups[0].order for p in plan.converted
-    }
-    assert (order["intermediate.dense"], order["output.dense"]) == ("b", "a")
+    order = {layer.size.name: layer.groups[0].order for layer in plan.converted}
+    assert order["encoder.layer.0.intermediate.dense"] == "b"
+    assert order["encoder.layer.0.output.dense"] == "a"
 
 
 def test_a_preset_fits_other_widths():

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import kronbert
-from kronbert import latency
+from kronbert import latency, reporting
 from kronbert.latency import ReportError, Timing, compare, paired_ratio
 from kronbert.reporting import SCHEMA, Report, linear_flops, report, weight_errors
 
@@ -189,6 +189,14 @@ def test_json_of_another_shape_is_refused(timed, change, said):
     data = {key: value for key, value in data.items() if value is not None}
     with pytest.raises(kronbert.KronbertError, match=said):
         Report.from_json(data)
+
+
+def test_the_ratio_is_above_one_when_the_student_is_faster(student, teacher, monkeypatch):
+    measured = {"teacher": Timing.of((6.0, 7.0)), "student": Timing.of((2.0, 2.0))}
+    monkeypatch.setattr(reporting, "compare_models", lambda *args, **kwargs: measured)
+    made = report(student, teacher, batch_sizes=(4,), sequence_length=8)
+    assert made.latency_ratio == {4: 3.25}
+    assert made.student.latency == {4: measured["student"]}
 
 
 def test_every_form_shows_the_numbers(timed):
@@ -370,8 +378,8 @@ def test_fast_functions_are_called_several_times_per_sample(clock):
 def test_spread_and_pairs(clock):
     timing = Timing.of((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
     assert (timing.p20_ms, timing.median_ms, timing.p80_ms) == pytest.approx((2.0, 3.5, 5.0))
-    # The machine slows down half way: medians say 3, every pair says 2 or 10.
-    slow, fast = Timing.of((2.0, 2.0, 2.0, 30.0, 30.0)), Timing.of((1.0, 1.0, 1.0, 3.0, 3.0))
+    # The machine slows down half way: the medians say 8 / 2, the pairs 2.
+    slow, fast = Timing.of((2.0, 2.0, 8.0, 30.0, 30.0)), Timing.of((1.0, 1.0, 2.0, 15.0, 15.0))
     assert paired_ratio(slow, fast) == 2
     with pytest.raises(ReportError, match="are no pairs"):
         paired_ratio(slow, timing)

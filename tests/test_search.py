@@ -2,7 +2,7 @@
 
 import math
 import re
-import time
+from itertools import pairwise
 
 import pytest
 from transformers import BertConfig, DistilBertConfig, RobertaConfig
@@ -71,9 +71,9 @@ def test_linear_layers_take_shapes_that_run_fast(plans, model, factor):
             shape = layer.groups[0]
             assert fast(shape), f"{layer.size.name}: {shape}"
             assert layer.flops < 0.75 * (2 * layer.size.inner - 1) * layer.size.out
-            # One large matrix, or none of the sides a stump.
+            # One large matrix (for the narrow MiniLM a quarter of its width), or no stumps.
             sides = (shape.a_out, shape.a_in, shape.b_out, shape.b_in)
-            large = 192 if layer.size.inner >= 768 else 96
+            large = 96 if model == "minilm" else 192
             assert max(sides) >= large or all(side % 16 == 0 for side in sides)
 
 
@@ -82,9 +82,7 @@ def test_everything_shrinks_together(plans, model):
     """No part is starved while another stays large: a larger factor shrinks tables and layers."""
     for group in ("embedding", "attention", "feed-forward"):
         ratios = [plans[model, factor].by_group()[group]["factor"] for factor in FACTORS]
-        assert all(later >= 0.99 * one for one, later in zip(ratios, ratios[1:], strict=False)), (
-            group
-        )
+        assert all(later >= 0.99 * one for one, later in pairwise(ratios)), group
     for factor in FACTORS:
         view = plans[model, factor].by_group()
         ratios = [view[name]["factor"] for name in ("embedding", "attention", "feed-forward")]
@@ -172,7 +170,7 @@ def test_candidates_trade_numbers_for_loss():
     for layer in (linear(), linear(3072), table()):
         found = candidates(layer)
         assert found[-1].groups == ()
-        for one, after in zip(found, found[1:], strict=False):
+        for one, after in pairwise(found):
             assert one.weights < after.weights
             assert one.loss > after.loss
     assert pareto(reversed(found)) == found
@@ -219,10 +217,3 @@ def test_svd_rank_is_the_rival_of_one_size():
     assert svd_rank(768, 768, 147_460) == low_rank(768, 768, 96)
     assert svd_rank(768, 768, 147_460).parameters <= 147_460
     assert svd_rank(768, 768, 10).rank == 1
-
-
-def test_the_search_takes_under_a_second(sizes):
-    shapes_of.cache_clear()
-    start = time.perf_counter()
-    make_plan(sizes["bert"], KroneckerConfig(factor=2))
-    assert time.perf_counter() - start < 1

@@ -100,7 +100,9 @@ def test_a_shape_that_does_not_divide_names_the_nearest_divisors():
 
 
 def test_a_size_beyond_the_layer_has_one_nearest_divisor():
-    with pytest.raises(ShapeError, match="b_out=1000 does not .*768. The nearest divisor is 768:"):
+    with pytest.raises(
+        ShapeError, match=r"b_out=1000 does not .*768\. The nearest divisor is 768:"
+    ):
         check_groups((KroneckerShape(1, 1, 1000, 768),), 768, 768, "x")
 
 
