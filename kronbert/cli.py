@@ -171,12 +171,10 @@ def evaluate(
     max_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
 ) -> None:
     """Score a model (dense or converted) on a task's dev set with the task's own metrics."""
-    from transformers import AutoTokenizer
-
     from .distill.data import tokenize
     from .distill.finetune import evaluate as score
     from .job import open_data
-    from .job_models import check_tokenizer, longest, open_pretrained, open_teacher
+    from .job_models import check_tokenizer, longest, open_teacher, open_tokenizer
 
     data = open_data(
         task,
@@ -187,7 +185,7 @@ def evaluate(
     fine_tuned, tuned = open_teacher(model, data.task)
     if not tuned:
         raise PlanError(f"{model}: has no head fine-tuned for a task, so there is no score.")
-    tokenizer = open_pretrained(AutoTokenizer, model)
+    tokenizer = open_tokenizer(model)
     check_tokenizer(fine_tuned, tokenizer, model)
     most = longest(fine_tuned.config, tokenizer)
     if max_length is not None and max_length > most:
@@ -285,11 +283,11 @@ def read_plan(file: Path) -> Any:
 
 def copy_tokenizer(model: str, output: Path) -> None:
     """The tokenizer travels with the student, where the model has one."""
-    from transformers import AutoTokenizer
+    from .job_models import open_tokenizer
 
     try:
-        AutoTokenizer.from_pretrained(model).save_pretrained(output)
-    except (OSError, ValueError):
+        open_tokenizer(model).save_pretrained(output)
+    except DataError:
         out.print(f"{model} has no tokenizer: none is copied.")
 
 

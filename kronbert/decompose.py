@@ -146,7 +146,7 @@ def _chunks(tall: Tensor) -> Iterator[Tensor]:
 def _leading(gram: Tensor, count: int) -> Tensor:
     """Eigenvectors of the ``count`` largest eigenvalues as columns, descending."""
     size = gram.shape[0]
-    if size > SMALL_SIDE and count <= size // 8 and gram.any():
+    if size > SMALL_SIDE and count <= size // 8:
         from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
         start = np.random.default_rng(0).standard_normal(size)
@@ -158,7 +158,7 @@ def _leading(gram: Tensor, count: int) -> Tensor:
         )
         try:
             _, columns = eigsh(product, k=count, which="LA", v0=start, tol=1e-12)
-        except ArpackError:  # no convergence (many equal eigenvalues): all of them, same answer
+        except ArpackError:  # no convergence, a zero matrix: all of them, the same answer
             pass
         else:
             return torch.from_numpy(columns[:, ::-1].copy()).to(gram.device)

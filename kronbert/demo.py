@@ -12,6 +12,8 @@ from .job import CompressSettings, Say, compress
 ROWS = 4200
 """Training rows: what the generated set has, and a run of minutes on two cores."""
 
+TEACHER_EPOCHS, EPOCHS = 3.0, 6.0
+
 
 def run_demo(
     output: str, data_dir: str | None, factor: float, seed: int, say: Say
@@ -27,8 +29,8 @@ def run_demo(
         output=output,
         data_dir=data_dir,
         factor=factor,
-        teacher_epochs=3,
-        epochs=6,
+        teacher_epochs=TEACHER_EPOCHS,
+        epochs=EPOCHS,
         learning_rate=1e-3,
         batch_size=32,
         max_length=64,

@@ -53,21 +53,19 @@ def kron_linear(x: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Te
     return (y if bias is None else y + bias).view(*x.shape[:-1], out)
 
 
-def kron_embedding(
-    ids: Tensor, a: Terms, b: Terms, padding_idx: int | None = None, sparse: bool = False
-) -> Tensor:
+def kron_embedding(ids: Tensor, a: Terms, b: Terms, padding_idx: int | None = None) -> Tensor:
     """Rows ``ids`` of ``sum_r a[r] ⊗ b[r]``; defined by `kronbert.reference.kron_embedding`.
 
     ids (...) of int; a (a_out, rank, a_in): row-major by vocabulary entry, unlike `kron_linear`'s,
     since a lookup reads all its terms at once; b (rank, b_out, b_in); or sequences of groups ->
-    (..., a_in * b_in). Lookups of ``padding_idx`` give no gradient, to a or b. sparse: gradients
-    of a as `F.embedding` gives them. Raises `ShapeError` for ids that are no integers or matrices
-    that do not fit, IndexError (on a CPU) for an id outside the table."""
+    (..., a_in * b_in). Lookups of ``padding_idx`` give no gradient, to a or b. Raises `ShapeError`
+    for ids that are no integers or matrices that do not fit, IndexError (on a CPU) for an id
+    outside the table."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ShapeError(f"kron_embedding: ids of {ids.dtype}: expected integers. Call ids.long().")
     groups = _pairs("kron_embedding", a, b, table=True)
     flat, groups, _ = _autocast(ids.reshape(-1), groups, None)
-    y = _sum(_rows(flat, one_a, one_b, sparse) for one_a, one_b in groups)
+    y = _sum(_rows(flat, one_a, one_b) for one_a, one_b in groups)
     if padding_idx is not None and torch.is_grad_enabled():
         if padding_idx < 0:
             padding_idx += groups[0][0].shape[0] * groups[0][1].shape[1]
@@ -156,14 +154,14 @@ def _a_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return F.linear(z, b.transpose(0, 1).reshape(b_out, rank * b_in)).view(n, a_out * b_out)
 
 
-def _rows(flat: Tensor, a: Tensor, b: Tensor, sparse: bool) -> Tensor:
+def _rows(flat: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """One group's rows ``flat`` (n,): (n, a_in * b_in); a (a_out, rank, a_in)."""
     n = flat.shape[0]
     _, rank, a_in = a.shape
     _, b_out, b_in = b.shape
     entry = flat if b_out == 1 else flat.div(b_out, rounding_mode="floor")
     table = a.reshape(a.shape[0], rank * a_in)
-    picked = F.embedding(entry, table, sparse=sparse).view(n, rank, a_in).transpose(1, 2)
+    picked = F.embedding(entry, table).view(n, rank, a_in).transpose(1, 2)
     if b_out == 1:
         # (n a_in, rank) · (rank, b_in): one plain product for every rank and b_in.
         return (picked.reshape(n * a_in, rank) @ b[:, 0]).view(n, a_in * b_in)

@@ -103,8 +103,17 @@ class KroneckerQuantizer(HfQuantizer):
             check_tensors([Path(file) for file in files], new, model)
         untie(model)
         model.kronecker_plan = _plan(sizes, new)  # type: ignore[assignment]
+        self.sizes = {name: p.shape for name, p in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, parameter in model.named_parameters():
+            # Up to transformers 5.17 nothing else looks: a head of 2 labels would stand in for 3.
+            expected = self.sizes.get(name, parameter.shape)
+            if parameter.shape != expected:
+                raise CheckpointError(
+                    f"tensor {name!r} has shape {tuple(parameter.shape)}, the model expects "
+                    f"{tuple(expected)}. Load it with the sizes (num_labels) it was saved with."
+                )
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             model.__dict__.pop(name, None)
         for module in model.modules():

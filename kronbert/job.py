@@ -20,6 +20,7 @@ from .job_models import (
     longest,
     open_pretrained,
     open_teacher,
+    open_tokenizer,
     quiet,
 )
 
@@ -124,7 +125,7 @@ class _Job:
     """The steps of one job; everything that can be wrong is asked in ``__init__``."""
 
     def __init__(self, settings: CompressSettings, folder: JobFolder, data: Any) -> None:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
         from .distill.data import tokenize
 
@@ -140,7 +141,7 @@ class _Job:
         )
         self.task = self.data.task
         config = open_pretrained(AutoConfig, settings.model)
-        self.tokenizer = open_pretrained(AutoTokenizer, settings.model)
+        self.tokenizer = open_tokenizer(settings.model)
         self._make_stages(config, longest(config, self.tokenizer))
         self.dense: Any = None
         if not folder.done("teacher"):

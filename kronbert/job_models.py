@@ -41,6 +41,23 @@ def open_pretrained(auto: Any, name: str, **kwargs: Any) -> Any:
         ) from error
 
 
+def open_tokenizer(name: str) -> Any:
+    """The model's tokenizer.
+
+    From a folder without one, transformers makes an empty tokenizer that knows no word."""
+    from transformers import AutoTokenizer
+
+    tokenizer = open_pretrained(AutoTokenizer, name)
+    files = set(type(tokenizer).vocab_files_names.values()) | {"tokenizer.json"}
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise DataError(
+            f"model {name!r}: the folder holds no tokenizer ({', '.join(sorted(files))}). Save "
+            "it there: tokenizer.save_pretrained(folder)."
+        )
+    return tokenizer
+
+
 def model_name(name: str) -> str:
     """The name for a reader: a hub name, or the end of a folder's path."""
     folder = Path(name).expanduser()

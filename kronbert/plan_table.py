@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from itertools import groupby
+from itertools import compress, groupby
 from typing import TYPE_CHECKING, Any
 
 from .shapes import Groups, KroneckerShape, dense_flops
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .planning import Plan, PlannedLayer
 
 COLUMNS = ("layer", "n", "weight", "becomes", "parameters", "ratio", "b first", "a first", "error")
+WIDE = ("weight", "b first", "a first")
 
 
 def rows(plan: Plan) -> list[tuple[str, list[PlannedLayer]]]:
@@ -24,27 +25,40 @@ def rows(plan: Plan) -> list[tuple[str, list[PlannedLayer]]]:
     return [(pattern, layers) for (pattern, _), layers in found.items()]
 
 
-def renderable(plan: Plan) -> Any:
-    """The table, and under it the totals per group and of the model; fits 100 columns."""
+class Renderable:
+    """A plan for rich: as many columns as the console has room for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield renderable(self.plan, left_out=WIDE if options.max_width < 100 else ())
+
+
+def renderable(plan: Plan, left_out: tuple[str, ...] = ()) -> Any:
+    """The table, and under it the totals per group and of the model; fits 100 columns, or 80
+    with the columns `WIDE` left out."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
 
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1)}
     table = Table(collapse_padding=True, **style)
-    for column in COLUMNS:
+    shown = [column not in left_out for column in COLUMNS]
+    for column in compress(COLUMNS, shown):
         justify: Any = "left" if column in ("layer", "becomes") else "right"
         table.add_column(column, justify=justify, overflow="fold")
     for head, members in groupby(rows(plan), key=lambda row: _split(row[0])[0]):
         # Rows stand under the part of their names that they share: it would not fit beside them.
         under = list(members)
         if len(under) == 1:
-            table.add_row(under[0][0], *_cells(under[0][1]))
+            table.add_row(*compress([under[0][0], *_cells(under[0][1])], shown))
             continue
         if head:
             table.add_row(head)
         for pattern, layers in under:
-            table.add_row("  " * bool(head) + _split(pattern)[1], *_cells(layers))
+            name = "  " * bool(head) + _split(pattern)[1]
+            table.add_row(*compress([name, *_cells(layers)], shown))
     groups = Table(**style)
     for column in ("group", "layers", "weights", "after", "ratio", "FLOPs / token", "after"):
         justify = "left" if column == "group" else "right"
@@ -63,8 +77,10 @@ def renderable(plan: Plan) -> Any:
     total = (
         f"{plan.dense_parameters:,} -> {plan.parameters:,} parameters; FLOPs of the linear layers "
         f"at sequence 128:\n{_short(plan.linear_flops(dense=True))} -> "
-        f"{_short(plan.linear_flops())}. Columns a first, b first: FLOPs per token of either order."
+        f"{_short(plan.linear_flops())}."
     )
+    if "a first" not in left_out:
+        total += " Columns a first, b first: FLOPs per token of either order."
     return Group(title, table, groups, total)
 
 
@@ -73,7 +89,7 @@ def render(plan: Plan, width: int = 100) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None).print(renderable(plan))
+    Console(file=out, width=width, color_system=None).print(Renderable(plan))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
 
 

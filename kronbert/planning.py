@@ -192,9 +192,9 @@ class Plan:
         return render(self)
 
     def __rich__(self) -> Any:
-        from .plan_table import renderable
+        from .plan_table import Renderable
 
-        return renderable(self)
+        return Renderable(self)
 
 
 def make_plan(inventory: Inventory, config: KroneckerConfig) -> Plan:

@@ -264,6 +264,12 @@ def test_load_also_refuses_other_tensors(folder):
         kronbert.load(folder)
 
 
+def test_another_number_of_labels_is_refused(saved):
+    _, folder = saved
+    with pytest.raises((CheckpointError, RuntimeError), match=r"classifier|ignore_mismatched"):
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+
+
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
     ("keep", "said"), [(-40, "truncated"), (200, "truncated"), (4, "truncated")]

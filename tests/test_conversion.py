@@ -286,6 +286,17 @@ def test_flags_and_modes_are_kept():
     }
 
 
+def test_a_head_keeps_its_mode():
+    model = masked_lm()
+    model.cls.predictions.decoder.train()
+    student = kronbert.convert(model, 4)
+    assert {n: m.training for n, m in student.named_modules()} == {
+        n: m.training for n, m in model.named_modules()
+    }
+    model.cls.predictions.decoder.eval()
+    assert not kronbert.convert(model, 4).cls.predictions.decoder.training
+
+
 def test_convert_and_merge_take_no_random_numbers():
     model = masked_lm()
     state = torch.get_rng_state()

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from scipy.sparse.linalg import ArpackNoConvergence
 
 from kronbert import decompose
 from kronbert.decompose import nearest_kronecker, rearranged
@@ -208,6 +209,19 @@ def test_leading_pairs_agree_with_all_of_them(spec, monkeypatch):
     full_a, full_b, full_error = nearest_kronecker(weight, shape)
     assert error == pytest.approx(full_error, abs=1e-12)
     torch.testing.assert_close(kron_weight(a, b), kron_weight(full_a, full_b), atol=1e-7, rtol=0)
+    for ours, theirs in ((a[0], full_a[0]), (b[0], full_b[0])):
+        torch.testing.assert_close(ours.flatten(1).norm(dim=1), theirs.flatten(1).norm(dim=1))
+
+
+def test_when_the_iteration_does_not_converge(monkeypatch):
+    def stuck(*args, **kwargs):
+        raise ArpackNoConvergence("no convergence", np.empty(0), np.empty((0, 0)))
+
+    monkeypatch.setattr(decompose, "SMALL_SIDE", 10)
+    monkeypatch.setattr("scipy.sparse.linalg.eigsh", stuck)
+    weight = matrix(low_rank(40, 30, 2))
+    error = nearest_kronecker(weight, low_rank(40, 30, 2))[2]
+    assert error == pytest.approx(best_error(weight, low_rank(40, 30, 2)), abs=1e-12)
 
 
 def test_equal_eigenvalues_do_not_stop_it(monkeypatch):
@@ -235,7 +249,8 @@ def test_a_large_matrix_is_never_widened_whole(spec, monkeypatch):
     monkeypatch.setattr(decompose, "_chunks", seen)
     monkeypatch.setattr(torch.Tensor, "double", _small_double)
     in_chunks = nearest_kronecker(weight, shape)
-    assert sum(sizes) == 2 * weight.numel()
+    # Read for the Gram matrix, for the other side, and, when the fit is exact, for its error.
+    assert sum(sizes) == (3 if shape.rank == shape.full_rank else 2) * weight.numel()
     assert max(sizes) <= 5000
     assert in_chunks[2] == pytest.approx(whole[2], abs=1e-12)
     torch.testing.assert_close(kron_weight(*in_chunks[:2]), kron_weight(*whole[:2]))

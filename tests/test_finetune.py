@@ -1,20 +1,232 @@
-"""One stage: batches that do not depend on interruptions, whole checkpoints, scores in row order."""
+"""One stage: whole checkpoints, batches that no interruption changes, scores in the rows' order."""
 
 import json
-import shutil
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from tiny_task import tiny_tokenizer, tiny_bert, rows_of
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from kronbert.distill.data import TaskData, tokenize
-from kronbert.distill.finetune import (
-    _SeededSampler,
-    evaluate,
-    labels_only,
-    last_checkpoint,
-    run_stage,
-    use_bf16,
-)
+from kronbert.distill import Objective, Stage, Term, finetune
+from kronbert.distill.data import load_folder, tokenize
+from kronbert.distill.finetune import evaluate, labels_only, last_checkpoint, run_stage, use_bf16
+from kronbert.errors import DistillError
+
+STAGE = Stage(name="teacher", objective=labels_only(), learning_rate=1e-3, epochs=2, batch_size=16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bert):
+    return AutoTokenizer.from_pretrained(tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_task, tokenizer):
+    return tokenize(load_folder(tiny_task), tokenizer)
+
+
+def model_of(folder):
+    torch.manual_seed(1)
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+class _Interrupt(TrainerCallback):
+    """A power cut after the step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Runs a stage that ends in a KeyboardInterrupt after a step."""
+
+    def run(step, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            real = finetune._StageTrainer.train
+
+            def train(self, *a, **k):
+                self.add_callback(_Interrupt(step))
+                return real(self, *a, **k)
+
+            patch.setattr(finetune._StageTrainer, "train", train)
+            with pytest.raises(KeyboardInterrupt):
+                run_stage(*args, **kwargs)
+
+    return run
+
+
+# 32 steps, a checkpoint after 4, 8, ...: in the first epoch, at its end, in the second.
+@pytest.mark.parametrize("step", [6, 16, 27])
+def test_interruption_changes_no_weight(step, interrupted, tiny_bert, rows, tokenizer, tmp_path):
+    given = {"tokenizer": tokenizer, "precision": "fp32", "checkpoints": 8}
+    whole = model_of(tiny_bert)
+    log = run_stage(whole, None, STAGE, rows, tmp_path / "a", **given)
+    interrupted(step, model_of(tiny_bert), None, STAGE, rows, tmp_path / "b", **given)
+    said = []
+    other = model_of(tiny_bert)
+    with torch.no_grad():
+        other.classifier.weight.zero_()  # whatever it starts from, the checkpoint counts
+    again = run_stage(other, None, STAGE, rows, tmp_path / "b", say=said.append, **given)
+    saved = step // 4 * 4 - (4 if step % 4 == 0 else 0)  # the cut comes before the save
+    assert said == [f"resumed after step {saved}"]
+    for name, value in state_of(whole).items():
+        assert torch.equal(other.state_dict()[name], value), name
+    steps, seen = ([row["step"] for row in history if "loss" in row] for history in (log, again))
+    assert steps == seen
+    assert not list((tmp_path / "b").glob("checkpoint-*"))
+
+
+def test_every_row_once_an_epoch_in_another_order():
+    epoch = 0
+    lengths = [5, 9, 7, 5, 3, 8, 8, 2, 4, 6]
+    sampler = finetune._SeededSampler(10, lengths, 2, lambda: epoch)
+    plain = finetune._SeededSampler(10, None, 2, lambda: epoch)
+    for kind in (sampler, plain):
+        epoch = 0
+        first = list(kind)
+        assert list(kind) == first
+        epoch = 1
+        assert sorted(first) == sorted(kind) == list(range(len(kind)))
+        assert list(kind) != first
+
+
+def test_keep_last_leaves_the_end(tiny_bert, rows, tokenizer, tmp_path):
+    given = {"tokenizer": tokenizer, "precision": "fp32", "checkpoints": 2, "keep_last": True}
+    model = model_of(tiny_bert)
+    run_stage(model, None, STAGE, rows, tmp_path, **given)
+    assert last_checkpoint(tmp_path).name == "checkpoint-32"
+    said = []
+    again = model_of(tiny_bert)
+    run_stage(again, None, STAGE, rows, tmp_path, say=said.append, **given)
+    assert said == ["resumed after step 32"]
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+             "trainer_state.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_a_checkpoint_cut_off_is_passed_over(
+    name, how, interrupted, tiny_bert, rows, tokenizer, tmp_path, checkpoints
+):
+    assert last_checkpoint(checkpoints).name == "checkpoint-8"
+    file = checkpoints / "checkpoint-8" / name
+    content = file.read_bytes()
+    try:
+        file.unlink() if how == "missing" else file.write_bytes(content[:-20])
+        assert last_checkpoint(checkpoints).name == "checkpoint-4"
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_bert, rows, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run_stage(
+        model_of(tiny_bert), None, STAGE, rows, folder, tokenizer=tokenizer, precision="fp32",
+        max_steps=8, save_steps=4, keep_last=True,
+    )  # fmt: skip
+    return folder
+
+
+def test_no_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) is None
+
+
+class _ByIds(nn.Module):
+    """Logits that say which row they belong to: class 1 where the first word is even."""
+
+    def __init__(self):
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(1))
+        self.batches = []
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        assert labels is None
+        assert not self.training
+        self.batches.append(tuple(input_ids.shape))
+        even = (input_ids[:, 1] % 2 == 0).float()
+        logits = torch.stack([0.5 - even, even - 0.5], dim=1) + self.zero
+        return SequenceClassifierOutput(logits=logits)
+
+
+def test_scores_belong_to_their_rows(rows, tokenizer):
+    model = _ByIds().train()
+    scores = evaluate(model, rows, tokenizer, batch_size=7)
+    dev = rows.validation["validation"]
+    expected = np.mean([(ids[1] % 2 == 0) == label for ids, label in
+                        zip(dev["input_ids"], dev["labels"], strict=True)])  # fmt: skip
+    assert 0.3 < expected < 0.7  # an order of its own would show
+    assert scores["validation"]["accuracy"] == pytest.approx(expected)
+    assert model.training
+    widths = [width for _, width in model.batches]
+    assert widths == sorted(widths)
+    assert sum(size for size, _ in model.batches) == len(dev)
+
+
+def test_evaluate_leaves_no_folder(rows, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluate(_ByIds(), rows, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_takes_every_dev_set(rows, tokenizer):
+    from dataclasses import replace
+
+    dev = rows.validation["validation"]
+    both = replace(rows, validation={"matched": dev, "mismatched": dev.select(range(10))})
+    assert list(evaluate(_ByIds(), both, tokenizer)) == ["matched", "mismatched"]
+
+
+def test_precision(monkeypatch):
+    assert use_bf16("bf16")
+    assert not use_bf16("fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(finetune, "_cpu_flags", lambda: "flags: avx512f amx_bf16 amx_tile")
+    assert use_bf16("auto")
+    monkeypatch.setattr(finetune, "_cpu_flags", lambda: "flags: avx2")
+    assert not use_bf16("auto")
+    with pytest.raises(DistillError, match="expected 'auto', 'bf16' or 'fp32'"):
+        use_bf16("fp16")
+
+
+def test_frozen_student_is_refused(tiny_bert, rows, tokenizer, tmp_path):
+    teacher = model_of(tiny_bert)
+    student = model_of(tiny_bert).requires_grad_(False)
+    stage = Stage(
+        name="task", objective=Objective(terms=(Term(tap="logits"),)), learning_rate=1e-3, epochs=1
+    )
+    with pytest.raises(DistillError, match=r"nothing would be learnt.*requires_grad_\(True\)"):
+        run_stage(student, teacher, stage, rows, tmp_path / "run", tokenizer=tokenizer)
+    assert teacher.classifier.weight.requires_grad  # and nothing was changed
+
+
+def test_log_is_json(tiny_bert, rows, tokenizer, tmp_path):
+    log = run_stage(
+        model_of(tiny_bert), None, STAGE, rows, tmp_path, tokenizer=tokenizer, precision="fp32",
+        max_steps=4,
+    )  # fmt: skip
+    assert json.loads(json.dumps(log)) == log
+    assert {"eval_accuracy", "eval_loss"} <= {key for row in log for key in row}

@@ -90,7 +90,7 @@ def test_groups_of_different_shapes(engine):
     )
     torch.testing.assert_close(functional.rebuild_weight(a, b), reference.kron_weight(a, b))
     torch.testing.assert_close(
-        functional.kron_linear(x, tuple(a), tuple(b)), x @ reference.kron_weight(a, b).T
+        functional.kron_linear(x, tuple(a), tuple(b)), reference.kron_linear(x, a, b)
     )
 
 
@@ -112,10 +112,7 @@ def test_leading_dimensions(spec, leading, engine):
 def test_strides(spec, engine):
     shape = KroneckerShape.parse(spec)
     a, b = terms(spec)
-    a, b = (
-        a.transpose(1, 2).contiguous().transpose(1, 2),
-        b.repeat(1, 1, 2)[:, :, ::2].flip(0).flip(0),
-    )
+    a, b = a.transpose(1, 2).contiguous().transpose(1, 2), b.repeat_interleave(2, 2)[:, :, ::2]
     for x in (
         inputs(shape, 5, 3).transpose(0, 1),
         torch.randn(shape.in_features, 7, dtype=torch.float64).T,
@@ -137,10 +134,7 @@ def test_parameters_and_saved_tensors(engine):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "spec",
-    ["384x48*2x16", "8x2*384x384", "2x16*384x192", "4:2x16*24x6", "4:30x1*1x20", "2:48x48*16x16"],
-)
+@pytest.mark.parametrize("spec", [*PRESETS[1:6], "4:2x16*24x6", "4:30x1*1x20", "2:48x48*16x16"])
 def test_linear_rounds_no_worse_than_eager(spec, dtype):
     """Root mean square over all outputs, against the dense weight made and used in that dtype."""
     shape = KroneckerShape.parse(spec)
@@ -263,24 +257,11 @@ def test_the_padding_entry_gives_no_gradient(spec, padding_idx):
     found = functional.kron_embedding(ids, a, b, padding_idx)
     assert torch.equal(found, functional.kron_embedding(ids, a, b))
     grads = torch.autograd.grad(found.square().sum(), (a, b))
-    without = functional.kron_embedding(ids[ids != 4], a, b)
-    for ours, expected in zip(
-        grads, torch.autograd.grad(without.square().sum(), (a, b)), strict=True
-    ):
+    without = functional.kron_embedding(ids[ids != 4], a, b).square().sum()
+    for ours, expected in zip(grads, torch.autograd.grad(without, (a, b)), strict=True):
         torch.testing.assert_close(ours, expected)
     if b.shape[1] == 1:
         assert not grads[0][4].any()
-
-
-def test_sparse_gradients():
-    a, b = terms("2:6x2*1x3")
-    a = a.transpose(0, 1).contiguous().requires_grad_()
-    ids = torch.tensor([1, 4, 1])
-    functional.kron_embedding(ids, a, b, sparse=True).sum().backward()
-    sparse, a.grad = a.grad, None
-    functional.kron_embedding(ids, a, b).sum().backward()
-    assert sparse.is_sparse
-    torch.testing.assert_close(sparse.to_dense().view_as(a), a.grad)
 
 
 @pytest.mark.parametrize("spec", ["4:24x6*2x16", "2:2x16*24x6", "24x48*2x3", "2:30x1*1x20"])
@@ -317,10 +298,21 @@ class Everything(nn.Module):
 def test_compile_all_of_it():
     model, ids = Everything(), torch.tensor([[0, 3, 39], [4, 4, 0]])
     expected = model(ids)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), expected, rtol=1e-4, atol=1e-2)
     compiled(ids).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_compile_with_the_default_backend():
+    given = [torch.randn(3, 96), *terms("2:24x6*2x16", torch.float32)]
+    given = [t.requires_grad_() for t in given]
+    compiled = torch.compile(functional.kron_linear, fullgraph=True)
+    expected = torch.autograd.grad(functional.kron_linear(*given).square().sum(), given)
+    found = torch.autograd.grad(compiled(*given).square().sum(), given)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_export_with_a_free_batch():
@@ -423,7 +415,8 @@ def test_the_cost_model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functional, "_weight", seen("_weight"))
         patch.setattr(functional, "factored_product", seen("factored_product"))
-        for spec in ("384x384*2x2", "384x48*2x16", "10:384x48*2x16"):
+        # 2.0, 3.9 and 1.4 times fewer FLOPs.
+        for spec in ("384x384*2x2", "4:384x48*2x16", "11:384x48*2x16"):
             for dtype in (torch.float32, torch.bfloat16):
                 a, b = terms(spec, dtype)
                 functional.kron_linear(torch.randn(2, 768).to(dtype), a, b)

@@ -33,6 +33,17 @@ def test_logits_are_those_of_the_table():
     assert "12, 30, tied to 2·30x4⊗1x3 + svd(2) 30x12, bias=True" in repr(model.head)
 
 
+def test_gradients_reach_the_table():
+    model = Tied().double()
+    h = torch.randn(5, 12, dtype=torch.float64)
+    parameters = [*model.embedding.parameters(), model.head.bias]
+    found = torch.autograd.grad(model.head(h).square().sum(), parameters)
+    dense = h @ model.embedding.weight.T + model.head.bias
+    expected = torch.autograd.grad(dense.square().sum(), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
 def test_owns_only_its_bias():
     model = Tied()
     assert [name for name, _ in model.head.named_parameters()] == ["bias"]
