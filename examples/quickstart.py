@@ -37,7 +37,8 @@ def main() -> None:
 
     # A new model; the teacher stays as it is.
     student = kronbert.convert(teacher, factor=options.factor)
-    print(kronbert.report(student, teacher))
+    length = min(128, teacher.config.max_position_embeddings)
+    print(kronbert.report(student, teacher, sequence_length=length))
 
     # safetensors and config.json, read back by transformers' own classes.
     with tempfile.TemporaryDirectory() as temporary:

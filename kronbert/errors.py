@@ -8,7 +8,7 @@ class KronbertError(ValueError):
 
 
 class ShapeError(KronbertError):
-    """Sizes that do not fit together: a factor that does not divide, an input of the wrong width."""
+    """Sizes that do not fit together: one that does not divide, an input of the wrong width."""
 
 
 class PlanError(KronbertError):

