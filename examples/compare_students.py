@@ -35,7 +35,7 @@ from kronbert.search import svd_rank
 # Epochs, learning rate and rows per batch of a task: (teacher, student).
 SCHEDULE = {
     "sst2": ((2, 1e-4, 128), (1, 1e-3, 64)),
-    "mrpc": ((4, 1e-4, 32), (10, 1e-3, 32)),
+    "mrpc": ((4, 1e-4, 32), (5, 1e-3, 32)),
 }
 DEFAULT_SCHEDULE = ((3, 1e-4, 32), (5, 1e-3, 32))
 

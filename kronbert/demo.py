@@ -12,7 +12,7 @@ from .job import CompressSettings, Say, compress
 ROWS = 4200
 """Training rows: what the generated set has, and a run of minutes on two cores."""
 
-TEACHER_EPOCHS, EPOCHS = 3.0, 6.0
+TEACHER_EPOCHS, EPOCHS = 2.0, 5.0
 
 
 def run_demo(
