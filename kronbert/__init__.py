@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .errors import KronbertError as KronbertError
     from .errors import NoMatchError as NoMatchError
     from .errors import PlanError as PlanError
+    from .errors import ReportError as ReportError
     from .errors import ShapeError as ShapeError
     from .head import KroneckerLMHead as KroneckerLMHead
     from .linear import KroneckerLinear as KroneckerLinear
@@ -47,6 +48,7 @@ _HOME = {
     "KronbertError": "errors",
     "NoMatchError": "errors",
     "PlanError": "errors",
+    "ReportError": "errors",
     "ShapeError": "errors",
     "KroneckerLMHead": "head",
     "KroneckerLinear": "linear",

@@ -31,6 +31,10 @@ class DistillError(KronbertError):
     """A student, teacher and objective that do not go together."""
 
 
+class ReportError(KronbertError):
+    """A model that cannot be measured as asked, or a report that cannot be written or read."""
+
+
 def near(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:
     """The sentence that lists what ``name`` may have been meant to be."""
     import difflib

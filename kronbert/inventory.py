@@ -72,7 +72,7 @@ def inventory(model_or_config: Any) -> Inventory:
             LayerSize(
                 name=name,
                 kind=kind,
-                group=_group(name, kind),
+                group=group_of(name, kind),
                 out=out,
                 inner=inner,
                 tied_to=tied,
@@ -126,7 +126,8 @@ def _kind(name: str, module: nn.Module) -> Kind | None:
     return None
 
 
-def _group(name: str, kind: Kind) -> Group:
+def group_of(name: str, kind: Kind) -> Group:
+    """Which part of the model a layer belongs to, by its full name."""
     if kind in ("embedding", "position", "head"):
         return "embedding"
     parts = name.split(".")

@@ -246,7 +246,8 @@ class _Job:
             history = self._train(teacher, None, self.for_teacher, self.rows, "teacher")
         scores = self._scores(teacher, "teacher", "--teacher-learning-rate")
         self.folder.save_model(teacher, self.tokenizer, "teacher")
-        return {"scores": scores, "fine_tuned_here": not tuned, "history": history}
+        result = {"scores": scores, "fine_tuned_here": not tuned, "history": history}
+        return result if tuned else {**result, "stage": self.for_teacher.to_dict()}
 
     def _say_classes(self, teacher: Any) -> None:
         own, asked = class_names(teacher), self.task.labels

@@ -61,7 +61,10 @@ def open_tokenizer(name: str) -> Any:
 def model_name(name: str) -> str:
     """The name for a reader: a hub name, or the end of a folder's path."""
     folder = Path(name).expanduser()
-    return "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else name
+    if not folder.is_dir():
+        return name
+    parts = folder.resolve().parts
+    return parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
 
 
 def open_model(name: str) -> Any:

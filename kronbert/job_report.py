@@ -103,7 +103,11 @@ def _markdown(
                   "real text.", ""]  # fmt: skip
     wanted = f"factor {settings['factor']:g}" if settings["factor"] else settings["preset"]
     lines += [
+        _summary(content, measured, first, task),
+        "",
         f"Asked for: {wanted}. Data: {content['data']}. Seed {settings['seed']}.",
+        "",
+        _training(content["stages"]),
         "",
         "## Score (dev set)",
         "",
@@ -122,23 +126,41 @@ def _markdown(
             for value in values.values()
         ]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    kept = content["retention"]
-    lines += [
-        "",
-        f"Kept of the teacher's {task.primary} on {first}: "
-        + (f"{100 * kept:.1f} %." if kept is not None else "not defined (the teacher scores 0)."),
-        "",
-        measured.to_markdown(),
-        "",
-    ]
+    lines += ["", measured.to_markdown(), ""]
     for title, file in drawn:
         lines += [f"![{title}]({file})", ""]
-    minutes = {name: seconds / 60 for name, seconds in content["seconds"].items()}
+    minutes = ", ".join(f"{name} {s / 60:.1f} min" for name, s in content["seconds"].items())
     lines += [
-        "Time: " + ", ".join(f"{name} {value:.1f} min" for name, value in minutes.items()) + ".",
+        "A distilled weight is the student's own: its distance from the teacher's says how far it "
+        "went, not how good it is.",
+        "",
+        f"Time, each step from its last start: {minutes}.",
         "",
         "Load the student: `import kronbert`, then "
         "`AutoModelForSequenceClassification.from_pretrained('student')`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _summary(content: Mapping[str, Any], measured: Any, first: str, task: Any) -> str:
+    """Size, speed and score in one sentence each."""
+    said = f"The student is {measured.factor:.1f} times smaller than its teacher"
+    ratio = measured.latency_ratio.get(min(measured.latency_ratio, default=0))
+    if ratio is not None:
+        batch = min(measured.latency_ratio)
+        pace = f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
+        said += f" and {pace} at batch {batch}"
+    kept = content["retention"]
+    if kept is None:
+        return f"{said}. What it keeps of the {task.primary} is not defined: the teacher scores 0."
+    return f"{said}; it keeps {100 * kept:.1f} % of the {task.primary} on {first}."
+
+
+def _training(stages: Mapping[str, Any]) -> str:
+    parts = [
+        f"{name}: {stage['epochs']:g} epochs at {stage['learning_rate']:g}, batch "
+        f"{stage['batch_size']}, up to {stage['max_length']} tokens"
+        for name, stage in stages.items()
+    ]
+    return "Training: " + "; ".join(parts) + "."

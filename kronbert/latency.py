@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import KronbertError
+from .errors import ReportError
 
 WARM_UP = 2
 """Untimed calls of each function: allocations, thread pools and kernel choice settle in them."""
@@ -33,10 +33,6 @@ FEWEST_ROUNDS = 5
 SHORTEST_SAMPLE_MS = 0.5
 """Faster functions are called several times per sample, so that the clock's own cost (0.1 us), and
 on CUDA the synchronisation (10 us), stay below a few percent."""
-
-
-class ReportError(KronbertError):
-    """A model that cannot be measured as asked, or a report that cannot be written or read."""
 
 
 @dataclass(frozen=True, kw_only=True)

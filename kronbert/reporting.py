@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .config import check_schema
 from .embedding import KroneckerEmbedding
-from .inventory import _group, inventory
+from .errors import ReportError
+from .inventory import group_of, inventory
 from .latency import (
-    ReportError,
     Timing,
     compare_models,
     environment,
@@ -247,7 +247,7 @@ def linear_flops(model: nn.Module, sequence_length: int = 128) -> int:
             size = LayerSize(
                 name=name,
                 kind="linear",
-                group=_group(name, "linear"),
+                group=group_of(name, "linear"),
                 out=module.out_features,
                 inner=module.in_features,
             )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,9 @@ def test_report_and_pictures_are_there(finished):
     text = (folder / "report.md").read_text()
     score = 100 * content["scores"]["student"]["validation"]["accuracy"]
     assert f"| student, distilled | {score:.1f} |" in text
+    kept = f"keeps {100 * content['retention']:.1f} % of the accuracy on validation"
+    assert re.search(rf"is 3\.0 times smaller .* (faster|slower) at batch 1; it {kept}", text)
+    assert "teacher: 3 epochs at 0.003, batch 16, up to 64 tokens; task: 4 epochs" in text
     assert "tiny/tiny-bert" not in text  # where it lies is nobody's business
     assert "tiny-bert on moods" in text
     for name in ("learning_curve", "size_speed_score", "error_per_layer"):

@@ -23,7 +23,8 @@ from transformers import (
 
 import kronbert
 from kronbert import latency, reporting
-from kronbert.latency import ReportError, Timing, compare, paired_ratio
+from kronbert.errors import ReportError
+from kronbert.latency import Timing, compare, paired_ratio
 from kronbert.reporting import SCHEMA, Report, linear_flops, report, weight_errors
 
 HIDDEN, FORWARD, LAYERS, VOCABULARY, POSITIONS, LABELS = 48, 96, 2, 240, 64, 3
