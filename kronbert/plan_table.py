@@ -89,7 +89,7 @@ def render(plan: Plan, width: int = 100) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None).print(Renderable(plan))
+    Console(file=out, width=width, color_system=None, force_jupyter=False).print(Renderable(plan))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
 
 

@@ -153,7 +153,7 @@ class Report:
         from rich.console import Console
 
         text = io.StringIO()
-        Console(file=text, width=100, color_system=None).print(self.__rich__())
+        Console(file=text, width=100, color_system=None, force_jupyter=False).print(self.__rich__())
         return text.getvalue().rstrip()
 
     def __rich__(self) -> Any:

@@ -86,7 +86,8 @@ def test_notebook_runs(tiny_bert, environment, tmp_path, monkeypatch):
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
-    assert "times smaller" in printed
+    assert "attention.self.query" in printed  # the plan, as text: rich would hand it to Jupyter
+    assert "parameters" in printed
     assert "student, distilled" in printed
 
 
@@ -105,4 +106,5 @@ def test_examples_explain_themselves(script, environment):
 @pytest.mark.parametrize("file", sorted(p.name for p in EXAMPLES.iterdir() if p.is_file()))
 def test_examples_name_no_machine(file):
     text = (EXAMPLES / file).read_text()
-    assert not re.search(r"(/home/|/root|/work\b|/opt/|/Users/)", text)
+    for place in (EXAMPLES.parent, Path.home(), sys.prefix, "/home/", "/Users/"):
+        assert str(place) not in text
