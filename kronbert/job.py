@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from .config import check_factor
+from .config import Rule, check_factor
 from .errors import DataError, DistillError, PlanError, near
 from .job_folder import JobFolder, Say
 from .job_models import (
     check_finite,
     check_tokenizer,
     class_names,
+    has_masked_lm,
     longest,
     open_pretrained,
     open_teacher,
@@ -167,7 +168,8 @@ class _Job:
         if length is None:
             length = min(self.task.max_length, most)
         target = settings.preset or settings.factor or 0.0
-        recipe = kroneckerbert(target, task=self.task.name, mlm=False)
+        self.masked = has_masked_lm(config, self.tokenizer)
+        recipe = kroneckerbert(target, task=self.task.name, mlm=self.masked)
         self.on_task = _changed(
             recipe.stage("task"),
             epochs=settings.epochs,
@@ -257,11 +259,16 @@ class _Job:
         self.folder.say(said)
 
     def _stage1(self) -> dict[str, Any]:
+        """The pre-trained model teaches, with its masked-LM head, where the checkpoint has one (the
+        paper's stage 1); else the fine-tuned teacher. The task head is the fine-tuned teacher's."""
         from .conversion import convert
 
         teacher = self._saved("teacher")
         student = convert(teacher, **self.wanted)
-        history = self._train(student, teacher, self.general, self.blocks, "stage1")
+        if self.masked:
+            history = self._learn_masked(student)
+        else:
+            history = self._train(student, teacher, self.general, self.blocks, "stage1")
         check_finite(student, "the student", "Try a lower --stage1-learning-rate.")
         self.folder.save_model(student, self.tokenizer, "stage1")
         return {
@@ -269,6 +276,32 @@ class _Job:
             "blocks": len(self.blocks),
             "stage": self.general.to_dict(),
         }
+
+    def _learn_masked(self, student: Any) -> list[Any]:
+        """Stage 1 between the pre-trained masked LM and its twin of the student's shapes, whose
+        body is then the student's."""
+        from transformers import AutoModelForMaskedLM
+
+        from .conversion import convert
+
+        with quiet():
+            general = open_pretrained(AutoModelForMaskedLM, self.settings.model)
+        names = {name for name, _ in general.named_modules()}
+        rules = {
+            layer.size.name: Rule(groups=layer.groups)
+            for layer in student.kronecker_plan.converted
+            if layer.size.name in names and not layer.size.tied_to
+        }
+        learner = convert(general, rules=rules, keep=())
+        history = self._train(learner, general, self.general, self.blocks, "stage1")
+        body = learner.base_model.state_dict()
+        left = student.base_model.load_state_dict(body, strict=False)
+        if left.unexpected_keys:
+            raise DistillError(
+                f"{self.settings.model}: its masked LM has {left.unexpected_keys[0]!r}, which the "
+                "task's model does not. Give the encoder without its head."
+            )
+        return history
 
     def _distil(self) -> dict[str, Any]:
         from .conversion import convert

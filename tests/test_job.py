@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import kronbert
 from kronbert import job as job_module
 from kronbert import job_report
 from kronbert.distill.data import load_folder, tokenize
@@ -196,6 +197,43 @@ def test_fine_tuned_teacher_is_taken_as_it_is(finished, tiny_task, tmp_path):
     start, whole = (run["history"]["task"][0]["loss_ffn"] for run in (content, finished[2]))
     assert start < 0.8 * whole, "stage 2 did not start from stage 1's student"
     assert any(line.startswith("2/4 stage 1") for line in said)
+
+
+def test_stage_1_trains_the_masked_lm_where_there_is_one(tiny_bert, tiny_task, tmp_path):
+    """Teacher: the pre-trained model with its head; only the body goes on to the task."""
+    from transformers import AutoModelForMaskedLM
+
+    masked = tmp_path / "masked"
+    AutoModelForMaskedLM.from_pretrained(tiny_bert).save_pretrained(masked)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(masked)
+    text = tmp_path / "text.txt"
+    text.write_text("the soup was good and the room was cold here today\n" * 200)
+    output = tmp_path / "out"
+    settings = settings_for(
+        masked,
+        tiny_task,
+        output,
+        stage1_text=str(text),
+        stage1_epochs=3,
+        stage1_learning_rate=3e-3,
+        epochs=0.1,
+        learning_rate=1e-7,
+        max_length=32,
+    )
+    content = compress(settings)
+    logged = [entry for entry in content["history"]["stage1"] if "loss_mlm" in entry]
+    assert logged[-1]["loss_mlm"] < 0.9 * logged[0]["loss_mlm"]
+    assert logged[-1]["loss_ffn"] < logged[0]["loss_ffn"]
+    teacher, learnt, student = (weights(output / n) for n in ("teacher", "stage1", "student"))
+    assert learnt.keys() == student.keys()
+    assert torch.equal(learnt["classifier.weight"], teacher["classifier.weight"])
+    # Stage 2 at a rate of 1e-7 leaves the body as stage 1 made it.
+    name = "bert.encoder.layer.0.intermediate.dense.b"
+    torch.testing.assert_close(learnt[name], student[name], atol=1e-4, rtol=0)
+    fresh = kronbert.convert(
+        AutoModelForSequenceClassification.from_pretrained(output / "teacher"), factor=3.0
+    ).state_dict()
+    assert (learnt[name] - fresh[name]).abs().max() > 1e-3
 
 
 def test_regression(tiny_bert, tmp_path):
