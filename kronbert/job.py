@@ -294,7 +294,7 @@ class _Job:
         }
         learner = convert(general, rules=rules, keep=())
         history = self._train(learner, general, self.general, self.blocks, "stage1")
-        body = learner.base_model.state_dict()
+        body: dict[str, Any] = learner.base_model.state_dict()  # type: ignore[union-attr]
         left = student.base_model.load_state_dict(body, strict=False)
         if left.unexpected_keys:
             raise DistillError(
