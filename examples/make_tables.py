@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "results"
 TITLES = {
     "teacher": "MiniLM-L6 (teacher)",
+    "majority": "always the commonest class",
     "kronecker": "**kronbert**",
     "svd": "truncated SVD",
     "dense": "dense, 2 layers",
@@ -54,6 +55,9 @@ def cells(row: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
         for values in row["scores"].values()
         for name, value in values.items()
     ]
+    kept = f"{100 * main_score(row) / main_score(teacher):.1f} %"
+    if row["student"] == "majority":
+        return [row["task"], TITLES["majority"], "", "", ", ".join(shown), kept, ""]
     ratio = " / ".join(f"{one['ratio']:.1f}x" for one in row.get("latency", [])) or "1.0x"
     return [
         row["task"],
@@ -61,7 +65,7 @@ def cells(row: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
         f"{row['parameters'] / 1e6:.2f} M",
         f"{teacher['parameters'] / row['parameters']:.1f}x",
         ", ".join(shown),
-        f"{100 * main_score(row) / main_score(teacher):.1f} %",
+        kept,
         ratio,
     ]
 
