@@ -155,6 +155,22 @@ class _Bar(ProgressCallback):
 _SHOWN = ("loss", "eval_accuracy", "eval_f1", "eval_matthews", "eval_spearman")
 
 
+def commonest_class(rows: TaskData) -> dict[str, dict[str, float]] | None:
+    """What `evaluate` gives a model that always says the commonest class of the training rows.
+
+    rows: tokenised. None for a regression, which has no classes."""
+    if rows.task.labels is None:
+        return None
+    answer = int(np.bincount(rows.train["labels"]).argmax())
+    score = compute_metrics(rows.task)
+    found = {}
+    for name, dev in rows.validation.items():
+        logits = np.zeros((len(dev), rows.task.num_labels))
+        logits[:, answer] = 1
+        found[name] = score(EvalPrediction(predictions=logits, label_ids=np.array(dev["labels"])))
+    return found
+
+
 def labels_only() -> Objective:
     """Plain fine-tuning: the loss on the labels, no teacher."""
     return Objective(terms=(Term(tap="labels"),))

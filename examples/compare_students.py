@@ -22,20 +22,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    EvalPrediction,
     set_seed,
 )
 
 import kronbert
-from kronbert.distill import Objective, Stage, Term, compute_metrics, load_task, tokenize
-from kronbert.distill.finetune import evaluate, labels_only, run_stage
+from kronbert.distill import Objective, Stage, Term, load_task, tokenize
+from kronbert.distill.finetune import commonest_class, evaluate, labels_only, run_stage
 from kronbert.job import open_teacher
 from kronbert.search import svd_rank
 
@@ -80,7 +78,7 @@ def main() -> None:
             ),
         )
         rows.append({"task": task, "student": "teacher", "factor": 1.0, **row})
-        rows.append({"task": task, "student": "majority", "scores": majority(data)})
+        rows.append({"task": task, "student": "majority", "scores": commonest_class(tokens)})
         for factor in options.factors:
             for kind in options.students:
                 row = trained(
@@ -99,19 +97,6 @@ def main() -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({**provenance(options), "rows": rows}, indent=1) + "\n")
     print(f"wrote {target}")
-
-
-def majority(data: Any) -> dict[str, dict[str, float]]:
-    """The scores of a model that always says the commonest class of the training rows."""
-    common = int(np.bincount(data.train[data.task.label]).argmax())
-    score = compute_metrics(data.task)
-    scores = {}
-    for name, rows in data.validation.items():
-        logits = np.zeros((len(rows), data.task.num_labels))
-        logits[:, common] = 1
-        gold = np.asarray(rows[data.task.label])
-        scores[name] = score(EvalPrediction(predictions=logits, label_ids=gold))
-    return scores
 
 
 def trained(folder: Path, make: Any) -> dict[str, Any]:

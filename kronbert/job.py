@@ -239,6 +239,8 @@ class _Job:
         folder.step("report", "4/4 report", self._report)
 
     def _teacher(self) -> dict[str, Any]:
+        from .distill.finetune import commonest_class
+
         teacher, tuned = self.dense
         self.dense = None
         history: list[dict[str, Any]] = []
@@ -248,7 +250,12 @@ class _Job:
             history = self._train(teacher, None, self.for_teacher, self.rows, "teacher")
         scores = self._scores(teacher, "teacher", "--teacher-learning-rate")
         self.folder.save_model(teacher, self.tokenizer, "teacher")
-        result = {"scores": scores, "fine_tuned_here": not tuned, "history": history}
+        result = {
+            "scores": scores,
+            "commonest": commonest_class(self.rows),
+            "fine_tuned_here": not tuned,
+            "history": history,
+        }
         return result if tuned else {**result, "stage": self.for_teacher.to_dict()}
 
     def _say_classes(self, teacher: Any) -> None:

@@ -29,6 +29,7 @@ def write_report(
         "teacher": steps["teacher"]["scores"],
         "student": steps["task"]["scores"],
         "student_before_distillation": steps["task"]["scores_before"],
+        "commonest_class": steps["teacher"]["commonest"],
     }
     teacher_score = scores["teacher"][first][task.primary]
     student_score = scores["student"][first][task.primary]
@@ -115,11 +116,17 @@ def _markdown(
         + " |",
         "|---|" + "---|" * (len(content["scores"]["student"]) * len(task.metrics)),
     ]  # fmt: skip
+    before = (
+        "student, after stage 1" if "stage1" in content["stages"] else "student, converted only"
+    )
     for name, title in (
         ("teacher", "teacher"),
-        ("student_before_distillation", "student, converted only"),
+        ("student_before_distillation", before),
         ("student", "student, distilled"),
+        ("commonest_class", "always the commonest class"),
     ):
+        if content["scores"][name] is None:
+            continue
         cells = [
             f"{100 * value:.1f}"
             for values in content["scores"][name].values()

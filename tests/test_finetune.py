@@ -1,7 +1,9 @@
 """One stage: whole checkpoints, batches that no interruption changes, scores in the rows' order."""
 
 import json
+from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kronbert.distill import Objective, Stage, Term, finetune
-from kronbert.distill.data import load_folder, tokenize
-from kronbert.distill.finetune import evaluate, labels_only, last_checkpoint, run_stage, use_bf16
+from kronbert.distill.data import TaskData, load_folder, tokenize
+from kronbert.distill.finetune import (
+    commonest_class,
+    evaluate,
+    labels_only,
+    last_checkpoint,
+    run_stage,
+    use_bf16,
+)
+from kronbert.distill.tasks import Task
 from kronbert.errors import DistillError
 
 STAGE = Stage(name="teacher", objective=labels_only(), learning_rate=1e-3, epochs=2, batch_size=16)
@@ -230,3 +240,20 @@ def test_log_is_json(tiny_bert, rows, tokenizer, tmp_path):
     )  # fmt: skip
     assert json.loads(json.dumps(log)) == log
     assert {"eval_accuracy", "eval_loss"} <= {key for row in log for key in row}
+
+
+def test_commonest_class_is_what_a_constant_model_scores():
+    """The commonest of train, scored on dev: 3 of 4 train rows are "yes", 1 of 4 dev rows."""
+    task = Task(
+        name="toy", text=("text",), labels=("no", "yes"), metrics=("accuracy", "f1"), primary="f1"
+    )
+    rows = TaskData(
+        task=task,
+        train=datasets.Dataset.from_dict({"labels": [1, 1, 1, 0]}),
+        validation={"validation": datasets.Dataset.from_dict({"labels": [0, 0, 1, 0]})},
+        source="",
+    )
+    found = commonest_class(rows)
+    assert found == {"validation": pytest.approx({"accuracy": 0.25, "f1": 0.4})}
+    scores = replace(task, labels=None, metrics=("pearson",), primary="pearson")
+    assert commonest_class(replace(rows, task=scores)) is None

@@ -94,6 +94,10 @@ def test_report_says_what_the_saved_models_do(finished, tiny_task):
     assert teacher > 0.75  # the rule was learnt
     assert student > before + 0.1, "distillation taught nothing"
     assert content["retention"] == pytest.approx(student / teacher)
+    assert content["scores"]["commonest_class"] == {
+        "validation": {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3)}
+    }
+    assert "| always the commonest class | 50.0" in (folder / "report.md").read_text()
     assert 3 <= content["measured"]["factor"] <= 3.1
     assert content["metric"] == "validation accuracy"
     assert not content["synthetic"]
