@@ -22,6 +22,7 @@ from transformers import (
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 import kronbert
@@ -30,6 +31,7 @@ from kronbert.distill import compute_metrics, load_task, tokenize
 
 def main() -> None:
     options = arguments()
+    set_seed(options.seed)  # before the new head is drawn
     data = load_task(
         options.task, data_dir=options.data_dir, limit=options.limit, seed=options.seed
     )
