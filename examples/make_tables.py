@@ -40,10 +40,19 @@ def compare() -> str:
         f"Dev-set scores of the last step, seed {content['seed']}; latency: times as fast as the "
         f"teacher in float32 at sequence 128, {content['machine']}; torch {versions['torch']}, "
         f"transformers {versions['transformers']}; "
-        f"[examples/results/compare.json](examples/results/compare.json), made by "
-        f"`{content['command']}` at commit {content['commit'][:8]}.",
+        f"[examples/results/compare.json](examples/results/compare.json), made with "
+        f"`{content['command']}`, students trained at {', '.join(trained_at(content))}, timed at "
+        f"{content['commit'][:8]}.",
+        "",
+        *(f"- {note}" for note in content.get("notes", ())),
     ]
     return "\n".join(lines)
+
+
+def trained_at(content: dict[str, Any]) -> list[str]:
+    """The commits that trained the students, in the order of their rows."""
+    rows = [row for row in content["rows"] if row["student"] not in ("teacher", "majority")]
+    return list(dict.fromkeys(row["commit"][:8] for row in rows))
 
 
 def cells(row: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
