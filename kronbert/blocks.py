@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import functional
+from . import cpu, functional
+from .forms import CHUNK_BYTES
 
 Gelu = Literal["exact", "fast"]
 """exact: erf. fast: a form for half precision, within 1e-3 of erf; only kernels use it."""
@@ -71,7 +72,24 @@ def linear_norm(
 
 def ffn(x: Tensor, expand: Linear, contract: Linear, *, gelu: Gelu = "exact") -> Tensor:
     """``contract(gelu(expand(x)))``: x (..., width) -> (..., width)."""
+    if cpu.in_place(x):
+        return _ffn_in_chunks(x, expand, contract)
     return functional.kron_linear(F.gelu(functional.kron_linear(x, *expand)), *contract)
+
+
+def _ffn_in_chunks(x: Tensor, expand: Linear, contract: Linear) -> Tensor:
+    """The same without gradients, so many rows at a time that the hidden stays small."""
+    rows = x.reshape(-1, x.shape[-1])
+    wide = expand.a[0].shape[1] * expand.b[0].shape[1]
+    step = max(CHUNK_BYTES // (wide * x.element_size()), 1)
+    parts = [
+        functional.kron_linear(
+            torch.ops.aten.gelu_(functional.kron_linear(part, *expand)), *contract
+        )
+        for part in rows.split(step)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def ffn_norm(

@@ -1,10 +1,8 @@
-"""The one door to the arithmetic: picks the contraction order and the engine for a product.
+"""The one door to the arithmetic: checks the operands and picks what runs a product.
 
-Plain path: one product with the large matrix on contiguous rows and one with the small matrix, in
-the cheaper order; or the weight is rebuilt and multiplied as a dense one. Measured on one core of a
-2-core Xeon (AVX512/AMX, torch 2.13, 768 to 3,072 wide, 128 and 2,048 rows), as times the speed of
-`nn.Linear`, forward: float32 1.4 to 6 for the shapes plans and presets choose; bfloat16, whose
-dense product runs on AMX, 0.7 to 1.8 (K8's 384x384 ⊗ 2x2: 0.3).
+On CUDA the Triton kernels (`kronbert.op_linear`); on a CPU, in eager mode, the engine that picks a
+form by measured cost (`kronbert.cpu`); everywhere else (compiling, exporting, other dtypes and
+devices) plain PyTorch, in a form that follows from the sizes.
 """
 
 from __future__ import annotations
@@ -15,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu, cuda
 from .errors import ShapeError
+from .forms import DENSE, LOW_RANK, Form, prepare, run
+from .forms import weight as _weight
 from .shapes import KroneckerShape, dense_flops
 
 Terms = Tensor | Sequence[Tensor]
 Pairs = list[tuple[Tensor, Tensor]]
 
 WORTH = {torch.float32: 1.5, torch.float64: 1.5}
-"""Least FLOPs saved, as a ratio, for the factored product to beat the rebuilt one on a CPU."""
+"""Least FLOPs saved, as a ratio, for the factored product to beat the rebuilt one on a CPU, where
+the number of rows is not known."""
 
 WORTH_HALF = 2.5
 """The same in bfloat16 and float16. At 2.9 to 15 times fewer FLOPs the factored product was 1.1 to
@@ -45,10 +47,19 @@ def kron_linear(x: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Te
     x (..., a_in * b_in); a (rank, a_out, a_in), b (rank, b_out, b_in), or sequences of groups that
     are summed; bias (a_out * b_out) -> (..., a_out * b_out). Any leading dimensions, 0 rows and
     strides. Raises `ShapeError` for sizes, dtypes or devices that do not fit."""
+    if not torch.compiler.is_compiling():
+        known = cpu.recall(x, _listed(a), _listed(b), bias)
+        if known is not None:
+            return known
     groups = _pairs("kron_linear", a, b)
     x, groups, bias = _autocast(x, groups, bias)
-    out = _check_input("kron_linear", x, groups, bias, [shape_of(*pair) for pair in groups])
-    rows = x.reshape(-1, x.shape[-1])
+    shapes = tuple(shape_of(*pair) for pair in groups)
+    out = _check_input("kron_linear", x, groups, bias, shapes)
+    if cuda.takes(x):
+        return cuda.linear(x, groups, bias)
+    if cpu.takes(x, groups):
+        return cpu.linear(x, groups, shapes, bias)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = _sum(_product(rows, one_a, one_b) for one_a, one_b in groups)
     return (y if bias is None else y + bias).view(*x.shape[:-1], out)
 
@@ -84,7 +95,7 @@ def kron_logits(h: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Te
     shapes = [shape_of(one_a.transpose(0, 1), one_b) for one_a, one_b in groups]
     out = _check_input("kron_logits", h, groups, bias, shapes)
     rows = h.reshape(-1, h.shape[-1])
-    y = _sum(_b_first(rows, one_a, one_b) for one_a, one_b in groups)
+    y = _sum(_scores(rows, one_a, one_b) for one_a, one_b in groups)
     return (y if bias is None else y + bias).view(*h.shape[:-1], out)
 
 
@@ -99,59 +110,38 @@ def factored_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     A large ``b`` meets contiguous rows and ``a`` mixes slices. A large ``a`` beside a tiny ``b``
     (the papers' attention) has its rows transposed in between instead, so that every product is a
     plain one: 1.5 to 1.8 times as fast as shuffling x and y around the first form."""
-    if min(b.shape[1:]) > TINY or a[0].numel() <= b[0].numel():
-        return _mix_slices(x, a, b)
-    if shape_of(a, b).order == "b":
-        return _b_first(x, a.transpose(0, 1), b)
-    return _a_first(x, a, b)
+    shape = shape_of(a, b)
+    return run(_factored_form(shape), shape, x, prepare(_factored_form(shape), a, b))
 
 
 def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """One group on x (n, in): the engine and the order."""
+    """One group on x (n, in): the form that follows from the sizes."""
     shape = shape_of(a, b)
-    if shape.low_rank:
-        return F.linear(F.linear(x, b[:, 0]), a[:, :, 0].T)
-    if x.device.type == "cpu":
+    if not shape.low_rank and x.device.type == "cpu":
         saved = dense_flops(shape.out_features, shape.in_features) / shape.flops()
         if saved < WORTH.get(x.dtype, WORTH_HALF):
-            return F.linear(x, _weight(a, b))
+            return run(DENSE, shape, x, prepare(DENSE, a, b))
     return factored_product(x, a, b)
 
 
-def _mix_slices(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``b`` on contiguous rows, ``a`` as a small matrix over slices, in the cheaper order."""
-    n = x.shape[0]
-    rank, a_out, a_in = a.shape
-    _, b_out, b_in = b.shape
-    if shape_of(a, b).order == "b":
-        z = F.linear(x.reshape(n * a_in, b_in), b.reshape(rank * b_out, b_in))
-        mix = a.permute(1, 2, 0).reshape(a_out, a_in * rank)
-        return torch.matmul(mix, z.view(n, a_in * rank, b_out)).view(n, a_out * b_out)
-    mix = a.permute(1, 0, 2).reshape(a_out * rank, a_in)
-    z = torch.matmul(mix, x.view(n, a_in, b_in)).view(n * a_out, rank * b_in)
-    return F.linear(z, b.permute(1, 0, 2).reshape(b_out, rank * b_in)).view(n, a_out * b_out)
+def _factored_form(shape: KroneckerShape) -> Form:
+    if shape.low_rank:
+        return LOW_RANK
+    large_a = shape.a_out * shape.a_in > shape.b_out * shape.b_in
+    other = "turn" if large_a and min(shape.b_out, shape.b_in) <= TINY else "mix"
+    return Form("b", "rows", other) if shape.order == "b" else Form("a", other, "rows")
 
 
-def _b_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a (a_out, rank, a_in) on what b makes of x; two plain products, a transpose after each."""
-    n = x.shape[0]
-    a_out, rank, a_in = a.shape
-    _, b_out, b_in = b.shape
-    z = F.linear(x.reshape(n * a_in, b_in), b.reshape(rank * b_out, b_in))
-    z = z.view(n, a_in, rank, b_out).permute(0, 3, 2, 1).reshape(n * b_out, rank * a_in)
-    y = F.linear(z, a.reshape(a_out, rank * a_in))
-    return y.view(n, b_out, a_out).transpose(1, 2).reshape(n, a_out * b_out)
-
-
-def _a_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """b on what a (rank, a_out, a_in) makes of x; two plain products, a transpose before each."""
-    n = x.shape[0]
-    rank, a_out, a_in = a.shape
-    _, b_out, b_in = b.shape
-    x = x.view(n, a_in, b_in).transpose(1, 2).reshape(n * b_in, a_in)
-    z = F.linear(x, a.reshape(rank * a_out, a_in)).view(n, b_in, rank, a_out)
-    z = z.permute(0, 3, 2, 1).reshape(n * a_out, rank * b_in)
-    return F.linear(z, b.transpose(0, 1).reshape(b_out, rank * b_in)).view(n, a_out * b_out)
+def _scores(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """One group of a table, a (a_out, rank, a_in), on h (n, in): (n, a_out * b_out)."""
+    shape = shape_of(a.transpose(0, 1), b)
+    n, a_out = h.shape[0], shape.a_out
+    z = F.linear(h.reshape(n * shape.a_in, shape.b_in), b.reshape(-1, shape.b_in))
+    z = z.view(n, shape.a_in, shape.rank, shape.b_out).permute(0, 3, 2, 1)
+    inner = shape.rank * shape.a_in
+    # a as it lies: a copy of a table costs more than the product.
+    y = F.linear(z.reshape(n * shape.b_out, inner), a.reshape(a_out, inner))
+    return y.view(n, shape.b_out, a_out).transpose(1, 2).reshape(n, shape.out_features)
 
 
 def _rows(flat: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -169,15 +159,8 @@ def _rows(flat: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(picked, b_rows).view(n, a_in * b_in)
 
 
-def _weight(a: Tensor, b: Tensor) -> Tensor:
-    rank, a_out, a_in = a.shape
-    _, b_out, b_in = b.shape
-    if rank == 1:
-        blocks = a[0][:, None, :, None] * b[0][None, :, None, :]
-    else:
-        blocks = a.reshape(rank, a_out * a_in).T @ b.reshape(rank, b_out * b_in)
-        blocks = blocks.view(a_out, a_in, b_out, b_in).transpose(1, 2)
-    return blocks.reshape(a_out * b_out, a_in * b_in)
+def _listed(terms: Terms) -> Sequence[Tensor]:
+    return [terms] if isinstance(terms, Tensor) else terms
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
@@ -231,7 +214,7 @@ def _pairs(where: str, a: Terms, b: Terms, *, table: bool = False) -> Pairs:
 
 
 def _check_input(
-    where: str, x: Tensor, groups: Pairs, bias: Tensor | None, shapes: list[KroneckerShape]
+    where: str, x: Tensor, groups: Pairs, bias: Tensor | None, shapes: Sequence[KroneckerShape]
 ) -> int:
     """out_features; `ShapeError` unless x, the matrices and the bias go together."""
     shape = shapes[0]

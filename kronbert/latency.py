@@ -180,7 +180,7 @@ def environment(model: nn.Module) -> dict[str, str | int]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     affinity = getattr(os, "sched_getaffinity", None)
     found: dict[str, str | int] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -207,7 +207,7 @@ def _evaluating(models: Mapping[str, nn.Module]) -> Iterator[None]:
             module.training = training
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import cpu, functional
 from .decompose import nearest_kronecker
 from .shapes import Groups, KroneckerShape, check_groups
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from transformers.pytorch_utils import Conv1D
 
 
@@ -23,9 +25,21 @@ class KroneckerTerms(nn.Module):
 
     def matrices(self, letter: str) -> list[nn.Parameter]:
         """The parameters called ``letter`` ("a" or "b"), one per group."""
+        held = self._parameters  # nn.Module.__getattr__ costs more than the rest of the way
+        if len(self.groups) == 1 and letter in held:
+            return [held[letter]]
         return [
             getattr(self, letter if i == 0 else f"{letter}_{i}") for i in range(len(self.groups))
         ]
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`; what was kept of the matrices is made anew, see `kronbert.cpu`."""
+        cpu.forget(self._parameters.values())
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        cpu.forget(self._parameters.values())  # .to() and the like write through param.data
+        return super()._apply(*args, **kwargs)
 
     @property
     def shapes(self) -> str:
@@ -95,7 +109,8 @@ class KroneckerLinear(KroneckerTerms):
             self.bias.uniform_(-(self.in_features**-0.5), self.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.kron_linear(x, self.matrices("a"), self.matrices("b"), self.bias)
+        bias = self._parameters["bias"]
+        return functional.kron_linear(x, self.matrices("a"), self.matrices("b"), bias)
 
     @property
     def weight(self) -> Tensor:

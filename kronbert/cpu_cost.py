@@ -1,0 +1,204 @@
+"""What a Kronecker product costs on a CPU, predicted from a table of measured primitives.
+
+A form (`kronbert.forms`) is a handful of primitives: plain products, batched products of a
+small matrix, transposing copies, additions. Their times were measured on a grid of sizes, once per
+machine (`kronbert.cpu_calibrate`); between grid points the logarithm of the time is interpolated
+in the logarithms of the sizes, beyond them time grows with the work. No tensor is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from .forms import DENSE, LOW_RANK, Form, chunk_rows, forms_of
+from .shapes import Groups, KroneckerShape
+
+MARGIN = 1.2
+"""A factored form must be predicted this much faster than the dense one: most predictions lay
+within a fifth of what was measured after."""
+
+STAGE_US = 1.5
+"""Views and calls around a stage, beside its primitives: what decides at one row."""
+
+GROWTH = 1.0
+"""A form may keep matrices of at most this many times the dense weight's numbers."""
+
+PRIMITIVES = ("gemm", "mix", "turn", "add")
+
+Grid = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """Times (us) of one operation on the grid of its sizes, in the order of `itertools.product`."""
+
+    axes: Grid
+    times_us: tuple[float, ...]
+
+    def us(self, *sizes: int) -> float:
+        """The predicted time at ``sizes``, one per axis."""
+        beyond, corners = 1.0, []
+        for size, axis in zip(sizes, self.axes, strict=True):
+            inside = min(max(size, axis[0]), axis[-1])
+            beyond *= max(size / inside, 1.0)
+            corners.append(_bracket(inside, axis))
+        total = 0.0
+        for picks in product((0, 1), repeat=len(corners)):
+            share, index = 1.0, 0
+            for pick, (low, high, weight), axis in zip(picks, corners, self.axes, strict=True):
+                share *= weight if pick else 1.0 - weight
+                index = index * len(axis) + (high if pick else low)
+            if share:
+                total += share * math.log(self.times_us[index])
+        return math.exp(total) * beyond
+
+    def to_json(self) -> dict[str, Any]:
+        return {"axes": self.axes, "times_us": [float(f"{us:.4g}") for us in self.times_us]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Primitive:
+        return cls(tuple(tuple(axis) for axis in found["axes"]), tuple(found["times_us"]))
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The primitives of one dtype on one machine.
+
+    gemm (m, n, k): x (m, k) · w (n, k)ᵀ. mix (batch, p, q, width): a small (p, q) matrix on
+    batches of (q, width). turn (elements, p, q): (..., p, q) copied as (..., q, p). add (elements):
+    a bias in place."""
+
+    itemsize: int
+    gemm: Primitive
+    mix: Primitive
+    turn: Primitive
+    add: Primitive
+
+    def form_us(self, form: Form, shape: KroneckerShape, n: int) -> float:
+        """Time of one group's product on n rows, in chunks, bias included."""
+        step = chunk_rows(form, shape, self.itemsize)
+        if n <= step:
+            return self._chunk_us(form, shape, n)
+        whole = (n // step) * self._chunk_us(form, shape, step)
+        return whole + (self._chunk_us(form, shape, n % step) if n % step else 0.0)
+
+    def _chunk_us(self, form: Form, shape: KroneckerShape, n: int) -> float:
+        s, gemm = shape, self.gemm.us
+        out, inner, add = s.out_features, s.in_features, self.add.us(n * s.out_features)
+        if form == DENSE:
+            return gemm(n, out, inner)
+        if form == LOW_RANK:
+            return gemm(n, s.rank, inner) + gemm(n, out, s.rank)
+        if form.order == "b":
+            middle = s.a_in * s.rank  # per output of b
+            width = middle * s.b_out
+            if form.first == "fold":
+                first = gemm(n, width, inner)
+            else:
+                first = gemm(n * s.a_in, s.rank * s.b_out, s.b_in)
+            if form.second == "mix":
+                return first + self.mix.us(n, s.a_out, middle, s.b_out) + add
+            if form.second == "fold":
+                return first + gemm(n, out, width)
+            if form.first == "rows":
+                first += self.turn.us(n * width, middle, s.b_out)
+            last = self.turn.us(n * out, s.b_out, s.a_out) + add
+            return first + gemm(n * s.b_out, s.a_out, middle) + last
+        width = s.a_out * s.rank * s.b_in
+        last = gemm(n * s.a_out, s.b_out, s.rank * s.b_in) + add
+        if form.first == "mix":
+            return self.mix.us(n, s.a_out * s.rank, s.a_in, s.b_in) + last
+        if form.first == "fold":
+            return gemm(n, width, inner) + last
+        first = self.turn.us(n * inner, s.a_in, s.b_in)
+        first += gemm(n * s.b_in, s.a_out * s.rank, s.a_in)
+        if form.second == "fold":
+            return first + gemm(n, out, width)
+        return first + self.turn.us(n * width, s.b_in, s.a_out * s.rank) + last
+
+    def choose(self, groups: Groups, n: int, *, fresh: bool = False) -> tuple[Form, ...]:
+        """The fastest form of every group on n rows; one `DENSE` for the sum of them all.
+
+        fresh: the matrices are made anew for this product, as in training."""
+        first = groups[0]
+        dense_numbers = first.out_features * first.in_features
+        dense = self.form_us(DENSE, first, n)
+        if fresh:
+            dense += self._made_us(dense_numbers)
+        picks, total = [], 0.0
+        for shape in groups:
+            costs = {
+                form: 2 * STAGE_US
+                + self.form_us(form, shape, n)
+                + (self._made_us(prepared_numbers(form, shape)) if fresh else 0.0)
+                for form in forms_of(shape)
+                if form != DENSE and prepared_numbers(form, shape) <= GROWTH * dense_numbers
+            }
+            if not costs:
+                return (DENSE,)
+            pick = min(costs, key=costs.__getitem__)
+            picks.append(pick)
+            total += costs[pick]
+        total += (len(groups) - 1) * self.add.us(n * first.out_features)
+        return tuple(picks) if total * MARGIN < dense else (DENSE,)
+
+    def _made_us(self, numbers: int) -> float:
+        return 2 * self.add.us(numbers)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"itemsize": self.itemsize} | {
+            name: getattr(self, name).to_json() for name in PRIMITIVES
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> CostTable:
+        primitives = (Primitive.from_json(found[name]) for name in PRIMITIVES)
+        return cls(found["itemsize"], *primitives)
+
+
+def prepared_numbers(form: Form, shape: KroneckerShape) -> int:
+    """Numbers in the matrices that a form multiplies with."""
+    s = shape
+    if form == DENSE:
+        return s.out_features * s.in_features
+    b_first, a_first = s.a_in * s.rank * s.b_out, s.a_out * s.rank * s.b_in
+    numbers = 0
+    for stage, place in ((form.first, form.order), (form.second, "b" if form.order == "a" else "a")):
+        middle = b_first if form.order == "b" else a_first
+        side = s.in_features if stage is form.first and place == form.order else s.out_features
+        if stage == "fold":
+            numbers += middle * side
+        else:
+            numbers += s.rank * (s.a_out * s.a_in if place == "a" else s.b_out * s.b_in)
+    return numbers
+
+
+def load_tables(path: Path) -> dict[str, CostTable]:
+    """dtype name -> table, from a file that `kronbert.cpu_calibrate` wrote."""
+    found = json.loads(path.read_text())
+    return {dtype: CostTable.from_json(table) for dtype, table in found["tables"].items()}
+
+
+@cache
+def shipped_tables() -> dict[str, CostTable]:
+    """The tables measured on the machine named in the file, used where none was calibrated."""
+    return load_tables(Path(__file__).with_name("cpu_costs.json"))
+
+
+def _bracket(size: int, axis: Sequence[int]) -> tuple[int, int, float]:
+    """Neighbours of ``size`` on the axis and how far it lies from the lower to the upper one."""
+    for high, value in enumerate(axis):
+        if size <= value:
+            low = max(high - 1, 0)
+            if low == high or size == value:
+                return high, high, 0.0
+            return low, high, math.log(size / axis[low]) / math.log(value / axis[low])
+    last = len(axis) - 1
+    return last, last, 0.0
