@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, functional
+from . import cpu, cuda, functional
 from .forms import CHUNK_BYTES
 
 Gelu = Literal["exact", "fast"]
@@ -50,8 +50,11 @@ class Lookup(NamedTuple):
 def residual_norm(
     x: Tensor, residual: Tensor | None, norm: Norm, *, dropout: float = 0.0
 ) -> Tensor:
-    """``LN(residual + dropout(x))``; x, residual (..., width). dropout: the probability now, 0 in
-    evaluation."""
+    """``LN(residual + dropout(x))``; x, residual (..., width).
+
+    dropout: the probability in this call, 0 in evaluation."""
+    if cuda.takes(x):
+        return cuda.residual_norm(x, residual, norm, dropout)
     x = F.dropout(x, dropout) if dropout else x
     x = x if residual is None else residual + x
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
@@ -59,6 +62,13 @@ def residual_norm(
 
 def qkv(x: Tensor, query: Linear, key: Linear, value: Linear) -> tuple[Tensor, Tensor, Tensor]:
     """The three maps of one input: x (..., in) -> three of (..., out)."""
+    if cuda.takes(x):
+        found = [functional.checked("qkv", x, *linear) for linear in (query, key, value)]
+        if all(len(groups) == 1 for _, groups, _, _ in found):
+            pairs = [groups[0] for _, groups, _, _ in found]
+            made = cuda.qkv(found[0][0], pairs, [bias for *_, bias in found])
+            if made is not None:
+                return made
     q, k, v = (functional.kron_linear(x, *linear) for linear in (query, key, value))
     return q, k, v
 
@@ -67,29 +77,25 @@ def linear_norm(
     x: Tensor, linear: Linear, residual: Tensor, norm: Norm, *, dropout: float = 0.0
 ) -> Tensor:
     """``LN(residual + dropout(linear(x)))``: x (..., in), residual (..., out) -> (..., out)."""
-    return residual_norm(functional.kron_linear(x, *linear), residual, norm, dropout=dropout)
+    if cuda.takes(x):
+        x, groups, _, bias = functional.checked("linear_norm", x, *linear)
+        return cuda.linear_norm(x, groups, bias, residual, norm, dropout)
+    y = functional.kron_linear(x, *linear)
+    if not dropout and cpu.in_place(y) and y.dtype == residual.dtype and y is not residual:
+        return residual_norm(y.add_(residual), None, norm)
+    return residual_norm(y, residual, norm, dropout=dropout)
 
 
 def ffn(x: Tensor, expand: Linear, contract: Linear, *, gelu: Gelu = "exact") -> Tensor:
     """``contract(gelu(expand(x)))``: x (..., width) -> (..., width)."""
-    if cpu.in_place(x):
+    if cuda.takes(x):
+        x, groups, _, bias = functional.checked("ffn", x, *expand)
+        h = cuda.expand_gelu(x, groups, bias, gelu)
+    elif cpu.in_place(x):
         return _ffn_in_chunks(x, expand, contract)
-    return functional.kron_linear(F.gelu(functional.kron_linear(x, *expand)), *contract)
-
-
-def _ffn_in_chunks(x: Tensor, expand: Linear, contract: Linear) -> Tensor:
-    """The same without gradients, so many rows at a time that the hidden stays small."""
-    rows = x.reshape(-1, x.shape[-1])
-    wide = expand.a[0].shape[1] * expand.b[0].shape[1]
-    step = max(CHUNK_BYTES // (wide * x.element_size()), 1)
-    parts = [
-        functional.kron_linear(
-            torch.ops.aten.gelu_(functional.kron_linear(part, *expand)), *contract
-        )
-        for part in rows.split(step)
-    ]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    else:
+        h = F.gelu(functional.kron_linear(x, *expand))
+    return functional.kron_linear(h, *contract)
 
 
 def ffn_norm(
@@ -102,7 +108,25 @@ def ffn_norm(
     dropout: float = 0.0,
 ) -> Tensor:
     """``LN(x + dropout(contract(gelu(expand(x)))))``: the feed-forward half of a BERT layer."""
-    return residual_norm(ffn(x, expand, contract, gelu=gelu), x, norm, dropout=dropout)
+    if cuda.takes(x):
+        rows, first, first_shapes, first_bias = functional.checked("ffn_norm", x, *expand)
+        # contract's input is not made yet: an empty one of its size shows whether they fit.
+        hidden = rows.new_empty(0, first_shapes[0].out_features)
+        _, last, last_shapes, last_bias = functional.checked("ffn_norm", hidden, *contract)
+        made = cuda.ffn_norm(
+            rows,
+            (first, first_shapes, first_bias),
+            (last, last_shapes, last_bias),
+            norm,
+            gelu,
+            dropout,
+        )
+        if made is not None:
+            return made
+    y = ffn(x, expand, contract, gelu=gelu)
+    if not dropout and cpu.in_place(y):
+        return residual_norm(y.add_(x), None, norm)
+    return residual_norm(y, x, norm, dropout=dropout)
 
 
 def embed_norm(
@@ -120,6 +144,11 @@ def embed_norm(
     a, b: groups as `functional.kron_embedding` takes them; a dense table is a=[table], b=[].
     position and kind (the token type) have ids that broadcast against ``ids``; norm None leaves
     the LayerNorm out."""
+    if cuda.takes(a[0]) and ids.is_cuda:
+        pairs = list(zip(a, b, strict=True)) if b else []
+        made = cuda.embed_norm(ids, pairs, a[0], norm, position, kind, padding_idx)
+        if made is not None:
+            return made
     if b:
         x = functional.kron_embedding(ids, a, b, padding_idx)
     else:
@@ -129,3 +158,18 @@ def embed_norm(
     if norm is None:
         return x
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def _ffn_in_chunks(x: Tensor, expand: Linear, contract: Linear) -> Tensor:
+    """`ffn` without gradients, so many rows at a time that the hidden stays small."""
+    rows = x.reshape(-1, x.shape[-1])
+    wide = expand.a[0].shape[1] * expand.b[0].shape[1]
+    step = max(CHUNK_BYTES // (wide * x.element_size()), 1)
+    parts = [
+        functional.kron_linear(
+            torch.ops.aten.gelu_(functional.kron_linear(part, *expand)), *contract
+        )
+        for part in rows.split(step)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y.view(*x.shape[:-1], y.shape[-1])

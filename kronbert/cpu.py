@@ -68,15 +68,14 @@ class Kept:
             return False
         if bias is not (None if self.bias is None else self.bias()):
             return False
-        at = 0
-        for one_a, one_b in zip(a, b):  # noqa: B905: of one length; strict= costs here
-            for tensor in (one_a, one_b):
-                source, version, address = self.sources[at]
+        sources = iter(self.sources)
+        for pair in zip(a, b, strict=True):
+            for tensor in pair:
+                source, version, address = next(sources)
                 if source() is not tensor or tensor._version != version:
                     return False
                 if tensor.data_ptr() != address:
                     return False
-                at += 1
         return True
 
 
@@ -129,9 +128,7 @@ def linear(x: Tensor, pairs: Pairs, shapes: Groups, bias: Tensor | None) -> Tens
     return call(x, bias)
 
 
-def choose(
-    shapes: Groups, dtype: torch.dtype, n: int, *, fresh: bool = False
-) -> tuple[Form, ...]:
+def choose(shapes: Groups, dtype: torch.dtype, n: int, *, fresh: bool = False) -> tuple[Form, ...]:
     """The form of each group on n rows, or one `DENSE` for all; the same from one power of two to
     the next."""
     return _choose(DTYPES[dtype], shapes, n.bit_length(), fresh)
@@ -203,7 +200,7 @@ def _runner(forms: tuple[Form, ...], shapes: Groups, pairs: Pairs) -> Run:
 
 
 def _dense(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` on the kept weight. In bfloat16 a bias costs it 3 us on few rows, an addition 1."""
+    """`F.linear` on the kept weight; in bfloat16 its bias costs 3 us on few rows, an addition 1."""
     if bias is None or x.dtype is not torch.bfloat16 or x.shape[-1] * 16 < x.numel():
         return _linear(x, weight, bias)
     return _linear(x, weight).add_(bias)

@@ -27,9 +27,10 @@ Matrices = tuple[Tensor, ...]
 
 
 CHUNK_BYTES, FEWEST_ROWS = 2**24, 64
-"""Bytes that a chunk of rows holds between the stages, and its rows at least. On a 2-core Xeon (2 MB
-of L2 a core, a large L3; torch 2.13) chunks that fit L2 were 0.6 to 1.0 times as fast as no chunks,
-as each one pays for its calls; 4 to 8 MB were level, and 1.3 times as fast for K5 in float32."""
+"""Bytes that a chunk of rows holds between the stages, and its rows at least. On a 2-core Xeon
+(2 MB of L2 a core, a large L3; torch 2.13) chunks that fit L2 were 0.6 to 1.0 times as fast as no
+chunks, as each one pays for its calls; 4 to 8 MB were level, and 1.3 times as fast for K5 in
+float32."""
 
 
 class Form(NamedTuple):
@@ -108,6 +109,8 @@ def run(
     if form == LOW_RANK:
         return _last(F.linear(x, matrices[0]), matrices[1], bias, out)
     first, second = matrices
+    if form.second == "fold":
+        return _last(_folded(form, shape, x, first), second, bias, out)
     y = (_b_first if form.order == "b" else _a_first)(form, shape, x, first, second, out)
     return y if bias is None else y.add_(bias)  # y is new, and no product's backward reads it
 
@@ -130,9 +133,22 @@ def chunk_rows(form: Form, shape: KroneckerShape, itemsize: int) -> int:
     """Rows that a form works on at a time."""
     if "turn" not in form and "mix" not in form:
         return sys.maxsize  # plain products do their own blocking
-    per_row = shape.rank * (shape.a_in * shape.b_out if form.order == "b" else shape.a_out * shape.b_in)
+    per_row = shape.rank * (
+        shape.a_in * shape.b_out if form.order == "b" else shape.a_out * shape.b_in
+    )
     per_row = max(per_row, shape.out_features, shape.in_features)
     return max(CHUNK_BYTES // (per_row * itemsize), FEWEST_ROWS)
+
+
+def _folded(form: Form, shape: KroneckerShape, x: Tensor, first: Tensor) -> Tensor:
+    """The first stage, when one dense matrix follows: (n, that matrix's columns)."""
+    n, s = x.shape[0], shape
+    if form.order == "a":
+        x = x.view(n, s.a_in, s.b_in).transpose(1, 2).reshape(n * s.b_in, s.a_in)
+    elif form.first == "rows":
+        x = x.view(n * s.a_in, s.b_in)
+    width = s.a_in * s.rank * s.b_out if form.order == "b" else s.b_in * s.a_out * s.rank
+    return F.linear(x, first).view(n, width)
 
 
 def _b_first(
@@ -146,8 +162,6 @@ def _b_first(
         z = F.linear(x.view(n * s.a_in, s.b_in), first)  # a_in, rank, b_out
     if form.second == "mix":
         return _mix(second, z.view(n, s.a_in * s.rank, s.b_out), out)
-    if form.second == "fold":
-        return _last(z.view(n, second.shape[1]), second, None, out)
     if form.first == "rows":
         z = z.view(n, s.a_in * s.rank, s.b_out).transpose(1, 2)
     y = F.linear(z.reshape(n * s.b_out, s.a_in * s.rank), second)
@@ -170,8 +184,6 @@ def _a_first(
     else:
         turned = x.view(n, s.a_in, s.b_in).transpose(1, 2).reshape(n * s.b_in, s.a_in)
         z = F.linear(turned, first)  # b_in, a_out, rank
-        if form.second == "fold":
-            return _last(z.view(n, second.shape[1]), second, None, out)
         z = z.view(n, s.b_in, s.a_out * s.rank).transpose(1, 2)
     rows = z.reshape(n * s.a_out, s.rank * s.b_in)
     y = _last(rows, second, None, None if out is None else out.view(n * s.a_out, s.b_out))

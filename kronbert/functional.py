@@ -17,7 +17,7 @@ from . import cpu, cuda
 from .errors import ShapeError
 from .forms import DENSE, LOW_RANK, Form, prepare, run
 from .forms import weight as _weight
-from .shapes import KroneckerShape, dense_flops
+from .shapes import Groups, KroneckerShape, dense_flops
 
 Terms = Tensor | Sequence[Tensor]
 Pairs = list[tuple[Tensor, Tensor]]
@@ -51,17 +51,14 @@ def kron_linear(x: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Te
         known = cpu.recall(x, _listed(a), _listed(b), bias)
         if known is not None:
             return known
-    groups = _pairs("kron_linear", a, b)
-    x, groups, bias = _autocast(x, groups, bias)
-    shapes = tuple(shape_of(*pair) for pair in groups)
-    out = _check_input("kron_linear", x, groups, bias, shapes)
+    x, groups, shapes, bias = checked("kron_linear", x, a, b, bias)
     if cuda.takes(x):
         return cuda.linear(x, groups, bias)
     if cpu.takes(x, groups):
         return cpu.linear(x, groups, shapes, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = _sum(_product(rows, one_a, one_b) for one_a, one_b in groups)
-    return (y if bias is None else y + bias).view(*x.shape[:-1], out)
+    return (y if bias is None else y + bias).view(*x.shape[:-1], shapes[0].out_features)
 
 
 def kron_embedding(ids: Tensor, a: Terms, b: Terms, padding_idx: int | None = None) -> Tensor:
@@ -102,6 +99,19 @@ def kron_logits(h: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Te
 def rebuild_weight(a: Terms, b: Terms) -> Tensor:
     """``sum_r a[r] ⊗ b[r]`` over all groups: (a_out * b_out, a_in * b_in); no slow einsum."""
     return _sum(_weight(one_a, one_b) for one_a, one_b in _pairs("rebuild_weight", a, b))
+
+
+def checked(
+    where: str, x: Tensor, a: Terms, b: Terms, bias: Tensor | None
+) -> tuple[Tensor, Pairs, Groups, Tensor | None]:
+    """What a product needs, cast as autocast asks: x, the groups' (a, b), their shapes, bias.
+
+    Raises `ShapeError`, naming ``where``, for sizes, dtypes or devices that do not fit."""
+    groups = _pairs(where, a, b)
+    x, groups, bias = _autocast(x, groups, bias)
+    shapes = tuple(shape_of(*pair) for pair in groups)
+    _check_input(where, x, groups, bias, shapes)
+    return x, groups, shapes, bias
 
 
 def factored_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from .decompose import nearest_kronecker
 from .shapes import Groups, KroneckerShape, check_groups
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from transformers.pytorch_utils import Conv1D
+    from typing_extensions import Self
 
 
 class KroneckerTerms(nn.Module):

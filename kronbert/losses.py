@@ -1,0 +1,310 @@
+"""Losses that never hold what they compare: masked words without a (tokens x vocabulary) matrix,
+attention scores without a (tokens x tokens) one. Plain PyTorch, any device and dtype.
+
+Both compute their gradients beside the value and keep those alone for the backward pass. For masked
+words that saves the teacher's product over its vocabulary, the dearest of all, from being repeated;
+for scores it frees the teacher's queries and keys. Sums are float32, or float64 where that came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import functional
+from .errors import KronbertError, ShapeError
+
+Terms = Tensor | Sequence[Tensor]
+
+CHUNK_BYTES = 64 * 2**20
+"""Of one float32 matrix of scores, chunk x vocabulary; about five of them live at a time."""
+
+
+def mlm_loss(
+    h: Tensor,
+    a: Terms,
+    b: Terms | None,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(cross entropy of the labels, temperature² KL(teacher || student) or None): means over the
+    rows whose label is not ``ignore_index``, 0 if there is none.
+
+    h (..., width), labels (...). a (entries, rank, a_in) and b (rank, b_out, b_in), or sequences of
+    groups, as `functional.kron_logits` takes them; or b None and a dense weight a (entries, width).
+    teacher: (h (..., its width), weight (entries, its width), bias or None), without gradients. KL
+    is of softmax(logits / temperature), Hinton et al. 2015. chunk: rows whose scores are held at a
+    time, from `CHUNK_BYTES` if None. Reads the labels, so a GPU is waited for. Raises `ShapeError`
+    for tensors that do not go together."""
+    a = [a] if isinstance(a, Tensor) else list(a)
+    b = [] if b is None else [b] if isinstance(b, Tensor) else list(b)
+    entries = a[0].shape[0] * (b[0].shape[1] if b else 1)
+    if h.dim() == 0 or labels.shape != h.shape[:-1]:
+        raise ShapeError(
+            f"mlm_loss: labels {tuple(labels.shape)}, h {tuple(h.shape)}: expected one label per "
+            "row of h."
+        )
+    if not b and a[0].shape != (entries, h.shape[-1]):
+        raise ShapeError(
+            f"mlm_loss: weight {tuple(a[0].shape)} without b: expected (entries, {h.shape[-1]}). "
+            "For a Kronecker table pass b too."
+        )
+    if not temperature > 0:
+        raise ShapeError(f"mlm_loss(temperature={temperature!r}): expected a number > 0.")
+    if chunk is None:
+        chunk = max(1, CHUNK_BYTES // (4 * entries))
+    if chunk < 1:
+        raise ShapeError(f"mlm_loss(chunk={chunk!r}): expected at least one row, or None.")
+    flat = labels.reshape(-1)
+    rows = (flat != ignore_index).nonzero()[:, 0]
+    kept = flat[rows]
+    if kept.numel() and not 0 <= kept.min() <= kept.max() < entries:
+        raise ShapeError(
+            f"mlm_loss: labels from {int(kept.min())} to {int(kept.max())} with {entries} entries. "
+            f"Rows without a label need ignore_index={ignore_index}."
+        )
+    if teacher is not None:
+        _check_teacher(teacher, h, entries)
+        teacher_h, weight, teacher_bias = teacher
+        teacher_h = teacher_h.detach().reshape(-1, teacher_h.shape[-1])[rows]
+        teacher = (teacher_h, weight.detach(), teacher_bias)
+    settings = (len(a), len(b), kept, teacher, temperature, chunk)
+    h = h.reshape(-1, h.shape[-1])[rows]
+    cross_entropy, kl = _MaskedWords.apply(settings, h, bias, *a, *b)
+    return cross_entropy, kl if teacher is not None else None
+
+
+def _check_teacher(teacher: tuple[Tensor, Tensor, Tensor | None], h: Tensor, entries: int) -> None:
+    teacher_h, weight, _ = teacher
+    if teacher_h.shape[:-1] != h.shape[:-1]:
+        raise ShapeError(
+            f"mlm_loss: teacher's h {tuple(teacher_h.shape)}, h {tuple(h.shape)}: expected as many "
+            "rows. Give both models the same batch."
+        )
+    if weight.shape != (entries, teacher_h.shape[-1]):
+        raise ShapeError(
+            f"mlm_loss: teacher's weight {tuple(weight.shape)}: expected "
+            f"{(entries, teacher_h.shape[-1])}. Both models need the same vocabulary."
+        )
+
+
+class _MaskedWords(torch.autograd.Function):
+    """h (kept rows, width) -> both losses, and the gradients of each beside them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: tuple[Any, ...], h: Tensor, bias: Tensor | None, *matrices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        groups, _, labels, teacher, temperature, chunk = settings
+        inputs = (h, bias, *matrices)
+        needs = ctx.needs_input_grad[1:]
+        exact = torch.float64 if h.dtype == torch.float64 else torch.float32
+        values = h.new_zeros(2, dtype=exact)
+        # Unscaled: divided by the number of rows they would vanish in float16.
+        sums = [
+            [
+                x.new_zeros(x.shape, dtype=x.dtype if i == 0 else exact) if need else None
+                for i, (x, need) in enumerate(zip(inputs, needs, strict=True))
+                if x is not None
+            ]
+            for _ in range(1 if teacher is None else 2)
+        ]
+        for start in range(0, h.shape[0], chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                leaves = [
+                    (x[part] if i == 0 else x).detach().requires_grad_(need)
+                    for i, (x, need) in enumerate(zip(inputs, needs, strict=True))
+                    if x is not None
+                ]
+                logits = _logits(leaves, bias is not None, groups)
+            taught = None
+            if teacher is not None:
+                taught = F.linear(teacher[0][part], *teacher[1:]).to(exact).div_(temperature)
+            slopes = _chunk(logits.detach().to(exact), labels[part], taught, temperature, values)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            while wanted and slopes:
+                total = sums[len(slopes) - 1]
+                slope = slopes.pop().to(logits.dtype)
+                grads = iter(torch.autograd.grad(logits, wanted, slope, retain_graph=bool(slopes)))
+                for i, (leaf, kept) in enumerate(zip(leaves, total, strict=True)):
+                    if leaf.requires_grad and kept is not None:
+                        (kept[part] if i == 0 else kept).add_(next(grads))
+        count = max(1, h.shape[0])
+        ctx.count, ctx.present = count, [x is not None for x in inputs]
+        ctx.save_for_backward(*(x for x in inputs if x is not None), *(x for s in sums for x in s))
+        cross_entropy, kl = (values / count).unbind(0)
+        return cross_entropy.clone(), kl.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        number = sum(ctx.present)
+        inputs, saved = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+        grads = []
+        for i, x in enumerate(inputs):
+            parts = [
+                total * (slope / ctx.count)
+                for slope, total in zip(slopes, saved[i::number], strict=False)
+                if total is not None
+            ]
+            grads.append(torch.stack(parts).sum(0).to(x.dtype) if parts else None)
+        found = iter(_once(grads, inputs))
+        return None, *(next(found) if there else None for there in ctx.present)
+
+
+def _logits(leaves: list[Tensor], biased: bool, groups: int) -> Tensor:
+    h, *rest = leaves
+    bias = rest.pop(0) if biased else None
+    a, b = rest[:groups], rest[groups:]
+    return functional.kron_logits(h, a, b, bias) if b else F.linear(h, a[0], bias)
+
+
+def _chunk(
+    scores: Tensor, labels: Tensor, taught: Tensor | None, temperature: float, values: Tensor
+) -> list[Tensor]:
+    """Add the chunk's sums to ``values``; gradients by its scores (rows, entries) of each loss.
+
+    taught: the teacher's scores, divided by the temperature; overwritten."""
+    found = []
+    log_s = scores.log_softmax(-1)
+    places = labels[:, None]
+    values[0] -= log_s.gather(1, places).sum()
+    found.append(log_s.exp().scatter_add_(1, places, -torch.ones_like(places, dtype=log_s.dtype)))
+    if taught is not None:
+        if temperature != 1:
+            log_s = scores.div_(temperature).log_softmax(-1)
+        log_t = taught.log_softmax(-1)
+        p = log_t.exp()
+        values[1] += log_t.sub_(log_s).mul_(p).sum() * temperature**2
+        found.append(log_s.exp_().sub_(p).mul_(temperature))
+    return found
+
+
+def attention_score_loss(
+    q: Tensor,
+    k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+) -> Tensor:
+    """Mean square of ``scaling (q kᵀ - teacher_q teacher_kᵀ)`` over heads and unpadded (query, key)
+    pairs: KroneckerBERT's attention loss of one layer (Tahaei et al. 2022), before softmax.
+
+    q, k (batch, heads, tokens, d), the teacher's the same with its own d; mask (batch, tokens).
+    scaling: None is d ** -0.5, each model's own. The difference is one product L Rᵀ of stacked
+    matrices, and ||L Rᵀ||² = <LᵀL, RᵀR>, so a long sequence needs no (tokens, tokens) matrix; with
+    equal d the stack holds differences, so nothing cancels when the models agree. Raises
+    `ShapeError` for tensors that do not go together, other numbers of heads among them."""
+    if q.dim() != 4 or q.shape != k.shape or teacher_q.shape != teacher_k.shape:
+        raise ShapeError(
+            f"attention_score_loss: q {tuple(q.shape)}, k {tuple(k.shape)}, teacher's q "
+            f"{tuple(teacher_q.shape)}, k {tuple(teacher_k.shape)}: expected (batch, heads, tokens,"
+            " d), the same for q and k."
+        )
+    if q.shape[:3] != teacher_q.shape[:3]:
+        raise ShapeError(
+            f"attention_score_loss: student {tuple(q.shape)} and teacher {tuple(teacher_q.shape)} "
+            "differ in batch, heads or tokens. Take a student with as many heads."
+        )
+    if mask is not None and mask.shape != (q.shape[0], q.shape[2]):
+        raise ShapeError(
+            f"attention_score_loss: mask {tuple(mask.shape)}: expected (batch, tokens) = "
+            f"{(q.shape[0], q.shape[2])}."
+        )
+    return _Scores.apply(mask, scaling, q, k, teacher_q, teacher_k)
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor | None, scaling: float | None, *inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return _Scores.compute(ctx, mask, scaling, *inputs)
+
+    @staticmethod
+    def compute(ctx: Any, mask: Tensor | None, scaling: float | None, *inputs: Tensor) -> Tensor:
+        dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+        q, k, teacher_q, teacher_k = (x.to(dtype) for x in inputs)
+        d, teacher_d, tokens = q.shape[-1], teacher_q.shape[-1], q.shape[2]
+        scale, teacher_scale = (
+            size**-0.5 if scaling is None else scaling for size in (d, teacher_d)
+        )
+        alike = d == teacher_d
+        left = torch.cat((((q - teacher_q) if alike else q) * scale, teacher_q * teacher_scale), -1)
+        right = torch.cat((k, k - teacher_k if alike else -teacher_k), -1)
+        pairs: Tensor | int = max(1, q.shape[0] * tokens**2)
+        if mask is not None:
+            keep = mask.bool()
+            pairs = keep.sum(-1).square().sum().clamp(min=1)
+            left.masked_fill_(~keep[:, None, :, None], 0)
+            right.masked_fill_(~keep[:, None, :, None], 0)
+        needs = ctx.needs_input_grad[2:]
+        # Value and gradients: 3 products of tokens² (d + d) against 4 of tokens (d + d)².
+        direct = 3 * tokens <= 4 * (d + teacher_d)
+        if direct:
+            difference = left @ right.mT
+            total = difference.square().sum()
+        else:
+            left_gram, right_gram = left.mT @ left, right.mT @ right
+            total = (left_gram * right_gram).sum()
+        grads: list[Tensor | None] = [None] * 4
+        if any(needs):
+            if direct:
+                left, right = difference @ right, difference.mT @ left
+            else:
+                left, right = left @ right_gram, right @ left_gram
+            by_left = [left[..., :d] * (2 * scale), left[..., d:] * (2 * teacher_scale)]
+            by_right = [right[..., :d] * 2, right[..., d:] * 2]
+            if alike:
+                by_left[1] -= by_left[0]
+                by_right[0] += by_right[1]
+            # Not in float16: sums over all tokens, they may overflow.
+            kept = dtype if inputs[0].dtype == torch.float16 else inputs[0].dtype
+            for i, grad in enumerate((by_left[0], by_right[0], by_left[1], -by_right[1])):
+                grads[i] = grad.to(kept) if needs[i] else None
+        ctx.count = pairs * q.shape[1]
+        wanted = [x if need else None for x, need in zip(inputs, needs, strict=True)]
+        ctx.save_for_backward(*wanted, *grads)
+        return total / ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        grads = [
+            None if grad is None else (grad * (slope / ctx.count)).to(x.dtype)
+            for grad, x in zip(saved, inputs, strict=True)
+        ]
+        return None, None, *_once(grads, [x for x in inputs if x is not None])
+
+
+def _once(grads: list[Tensor | None], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """``grads``; differentiating them again raises."""
+    if not torch.is_grad_enabled():
+        return grads
+    there = [grad for grad in grads if grad is not None]
+    found = iter(_FirstDerivative.apply(len(there), *there, *inputs))
+    return [None if grad is None else next(found) for grad in grads]
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity on the first tensors; the others are what they were derived by."""
+
+    @staticmethod
+    def forward(ctx: Any, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:number])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise KronbertError(
+            "kronbert.losses: no second derivative: the gradients are computed beside the value. "
+            "Write the loss with functional.kron_logits or the scores themselves to have one."
+        )

@@ -1,0 +1,375 @@
+"""Compiles every kernel launch of `aot_cases_*.py` for GPUs that are not here, and reads what the
+machine code needs: registers, spills, shared memory. Run as a script, without Triton's interpreter.
+
+A case is ``(name, call)`` or ``(name, call, Allowance)``: ``call()`` calls launchers on `meta`
+tensors. `JITFunction.run` is replaced by a recorder, so nothing is launched and no driver is
+needed; each recorded launch is compiled with the specialisation the real one would get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory one block may take (CUDA C++ Programming Guide, compute capabilities)."""
+
+SMALL_SHARED = 99 * 1024
+"""The same for sm_86, sm_89 and sm_120: beyond it a launch is marked in the table, not failed."""
+
+PATIENCE_S = 180
+"""A compilation that takes longer ends the run; the usual one takes 0.3 to 3 s."""
+
+POINTERS = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "int8": "i8",
+    "uint8": "u8",
+    "int16": "i16",
+    "int32": "i32",
+    "int64": "i64",
+    "bool": "u1",
+}
+
+
+class Allowance(NamedTuple):
+    """Bytes of spills a case may have, float32 launches only, and why."""
+
+    spill_bytes: int
+    reason: str
+
+
+@dataclass
+class Launch:
+    """One kernel with everything that decides its machine code."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[int, ...]
+    options: dict[str, int]
+    cases: list[str] = field(default_factory=list)
+    allowance: Allowance | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for equal machine code on one architecture; holds the kernel's source, callees and
+        the versions of Triton and its assembler."""
+        import triton
+
+        parts = (
+            triton.__version__,
+            self.kernel.cache_key,
+            sorted(self.signature.items()),
+            sorted((name, repr(value)) for name, value in self.constants.items()),
+            self.divisible,
+            sorted(self.options.items()),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
+    def case(self) -> str:
+        """The first case it comes from, and how many others there are."""
+        others = len(self.cases) - 1
+        return self.cases[0] + (f" and {others} more" if others else "")
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Float dtypes behind its pointers."""
+        found = {kind.removeprefix("*") for kind in self.signature.values() if kind[0] == "*"}
+        return {kind for kind in found if kind.startswith(("bf", "fp"))}
+
+
+@dataclass
+class Result:
+    """What one launch needs on one architecture. spills: bytes of its stack frame per thread."""
+
+    case: str
+    kernel: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    seconds: float
+    problem: str = ""
+
+
+def case_files() -> list[str]:
+    """The names x of the files aot_cases_x.py, but for the one that must fail."""
+    found = {path.stem.removeprefix("aot_cases_") for path in HERE.glob("aot_cases_*.py")}
+    return sorted(found - {"selftest"})
+
+
+def specialise(param: Any, value: Any) -> tuple[str, bool]:
+    """(type, divisible by 16) of a launch's argument, as Triton's own binder decides them."""
+    import torch
+
+    if param.is_constexpr or value is None:
+        return "constexpr", False
+    specialised = not param.do_not_specialize
+    aligned = specialised and not param.do_not_specialize_on_alignment
+    if isinstance(value, torch.Tensor):
+        kind = POINTERS[str(value.dtype).removeprefix("torch.")]
+        offset = value.storage_offset() * value.element_size()  # allocations start aligned
+        return f"*{kind}", aligned and offset % 16 == 0
+    if isinstance(value, bool):
+        return param.annotation_type or "u1", False
+    if isinstance(value, int):
+        if value == 1 and specialised:
+            return "constexpr", False
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        return param.annotation_type or kind, aligned and value % 16 == 0
+    if isinstance(value, float):
+        return param.annotation_type or "fp32", False
+    raise TypeError(
+        f"{param.name}={value!r}: a {type(value).__name__} is no argument this harness knows. "
+        "Pass tensors and numbers, and anything else as tl.constexpr."
+    )
+
+
+def record(call: Callable[[], Any]) -> list[Launch]:
+    """The launches ``call`` makes, in order."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[Launch] = []
+
+    def recorder(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = {param.name for param in self.params}
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        bound = self.signature.bind(
+            *args, **{name: value for name, value in kwargs.items() if name in names}
+        )
+        bound.apply_defaults()
+        sizes = grid(bound.arguments) if callable(grid) else grid
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"{self.__name__}: grid {sizes}: expected whole numbers >= 1.")
+        kinds = [specialise(param, bound.arguments[param.name]) for param in self.params]
+        launch = Launch(self, {}, {}, (), options)
+        for param, (kind, _) in zip(self.params, kinds, strict=True):
+            launch.signature[param.name] = kind
+            if kind == "constexpr":
+                launch.constants[param.name] = bound.arguments[param.name]
+        launch.divisible = tuple(i for i, (_, divisible) in enumerate(kinds) if divisible)
+        found.append(launch)
+
+    original = JITFunction.run
+    JITFunction.run = recorder
+    try:
+        call()
+    finally:
+        JITFunction.run = original
+    return found
+
+
+def launches(module: str) -> tuple[list[Launch], list[str]]:
+    """The different launches of ``aot_cases_<module>``, and what is wrong with its cases."""
+    found: dict[str, Launch] = {}
+    problems = []
+    try:
+        cases = list(importlib.import_module(f"aot_cases_{module}").cases())
+    except Exception:
+        return [], [f"aot_cases_{module}.py: cases() failed:\n{traceback.format_exc()}"]
+    for name, call, *rest in cases:
+        try:
+            recorded = record(call)
+        except Exception:
+            problems.append(f"{name}: the launcher failed:\n{traceback.format_exc()}")
+            continue
+        if not recorded:
+            problems.append(f"{name}: no kernel was launched")
+        allowance = Allowance(*rest[0]) if rest else None
+        for launch in recorded:
+            launch = found.setdefault(launch.key, launch)
+            if name not in launch.cases:
+                launch.cases.append(name)
+            launch.allowance = allowance or launch.allowance
+    return list(found.values()), problems
+
+
+def tool(name: str) -> str | None:
+    """The path of ptxas or cuobjdump: Triton's own, or the one in PATH."""
+    import triton
+
+    ours = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return str(ours) if ours.exists() else shutil.which(name)
+
+
+def unsupported(arch: int) -> str | None:
+    """Why no assembler here makes code for ``arch``, or None."""
+    # Triton's wheel brings a second, newer assembler for the newest architectures.
+    for path in filter(None, (tool("ptxas"), tool("ptxas-blackwell"))):
+        known = subprocess.run([path, "--help"], capture_output=True, text=True, check=True).stdout
+        if re.search(rf"\bsm_{arch}a?\b", known):
+            return None
+    return f"sm_{arch}: Triton's wheel has no ptxas that knows it"
+
+
+def compile_launch(launch: Launch, arch: int) -> Result:
+    """Compile for sm_<arch> and read the machine code's needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    began = time.monotonic()
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=launch.signature,
+        constexprs={
+            (launch.kernel.arg_names.index(name),): value
+            for name, value in launch.constants.items()
+        },
+        attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    dump = tool("cuobjdump")
+    if dump is None:
+        raise FileNotFoundError("cuobjdump is neither in Triton's wheel nor in PATH")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [dump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    # Without local arrays the stack frame is what was spilled.
+    needs = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if needs is None:
+        raise ValueError(f"cuobjdump said nothing of registers:\n{usage}")
+    return Result(
+        case=launch.case,
+        kernel=launch.kernel.__name__,
+        arch=arch,
+        registers=int(needs[1]),
+        spills=int(needs[2]),
+        shared=int(compiled.metadata.shared),
+        seconds=round(time.monotonic() - began, 2),
+    )
+
+
+def judge(launch: Launch, result: Result) -> str:
+    """What is wrong with ``result``, or nothing."""
+    allowed = 0
+    if launch.allowance is not None:
+        if launch.dtypes != {"fp32"}:
+            return "only a float32 launch may be allowed spills: remove its Allowance"
+        if not launch.allowance.reason.strip():
+            return "its Allowance has no reason"
+        allowed = launch.allowance.spill_bytes
+    limit = SHARED_LIMIT[result.arch]
+    if result.spills > allowed:
+        return f"spills {result.spills} bytes per thread, {allowed} allowed"
+    if result.shared > limit:
+        return f"takes {result.shared} bytes of shared memory, {limit} exist"
+    return ""
+
+
+def needs_of(launch: Launch, arch: int, cache: Path | None) -> Result:
+    """`compile_launch`, or what an earlier run found for the same source, and the verdict."""
+    kept = cache and cache / f"{launch.key[:32]}-{arch}.json"
+    if kept and kept.exists():
+        result = Result(**json.loads(kept.read_text()))
+        result.case, result.seconds = launch.case, 0.0
+    else:
+        print(f"compiling {launch.case} [{launch.kernel.__name__}] sm_{arch}", file=sys.stderr)
+        faulthandler.dump_traceback_later(PATIENCE_S, exit=True)  # LLVM hears no other signal
+        try:
+            result = compile_launch(launch, arch)
+        except Exception:
+            result = Result(launch.case, launch.kernel.__name__, arch, 0, 0, 0, 0.0)
+            result.problem = f"does not compile:\n{traceback.format_exc(limit=-1, chain=False)}"
+            return result
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(asdict(result)))
+            partial.replace(kept)
+    result.problem = judge(launch, result)
+    return result
+
+
+def run(
+    modules: list[str], archs: dict[int, bool], cache: Path | None
+) -> Iterator[tuple[str, Result | str]]:
+    """(module, result or what is wrong with a case); archs: architecture -> bfloat16 only."""
+    for module in modules:
+        found, problems = launches(module)
+        for problem in problems:
+            yield module, problem
+        for launch in found:
+            for arch, half_only in archs.items():
+                if not half_only or "bf16" in launch.dtypes:
+                    yield module, needs_of(launch, arch, cache)
+
+
+def line(result: Result) -> str:
+    mark = " (over 99 KiB)" if result.shared > SMALL_SHARED else ""
+    return (
+        f"{result.case} [{result.kernel}] sm_{result.arch}: {result.registers} registers, "
+        f"{result.spills} bytes spilled, {result.shared} bytes shared{mark}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print a line per launch and architecture; 1 when something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*", help="x of aot_cases_x.py; default: all")
+    parser.add_argument("--archs", type=int, nargs="+", default=list(ARCHS))
+    parser.add_argument("--half-only", type=int, nargs="*", default=[], help="bfloat16 only there")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--json", type=Path, help="write {module: {results, problems}} and skipped")
+    given = parser.parse_args(arguments)
+    skipped = {arch: reason for arch in given.archs if (reason := unsupported(arch))}
+    archs = {arch: arch in given.half_only for arch in given.archs if arch not in skipped}
+    modules = given.modules or case_files()
+    report: dict[str, Any] = {m: {"results": [], "problems": []} for m in modules}
+    failed = False
+    began = time.monotonic()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of 3.5 to 3.9, unwarned
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TRITON_CACHE_DIR"] = scratch
+        for module, found in run(modules, archs, given.cache):
+            text = found if isinstance(found, str) else line(found)
+            problem = found if isinstance(found, str) else found.problem
+            failed |= bool(problem)
+            if isinstance(found, str):
+                report[module]["problems"].append(found)
+            else:
+                report[module]["results"].append(asdict(found))
+                if problem:
+                    text += f"  <- {problem}"
+                    report[module]["problems"].append(f"{line(found)}: {problem}")
+            print(text, flush=True)
+    report["skipped"] = skipped
+    report["seconds"] = round(time.monotonic() - began, 1)
+    for reason in skipped.values():
+        print(f"skipped: {reason}")
+    print(f"{report['seconds']} s")
+    if given.json:
+        given.json.write_text(json.dumps(report))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is first imported
+    sys.modules["aot"] = sys.modules["__main__"]  # case files take Allowance from here
+    raise SystemExit(main())

@@ -1,0 +1,360 @@
+"""Losses in pieces, beside their definitions in one piece in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kronbert import reference
+from kronbert.distill.objectives import kl_logits, mse_scores
+from kronbert.errors import KronbertError, ShapeError
+from kronbert.losses import attention_score_loss, mlm_loss
+
+ROWS, ENTRIES, TEACHER_WIDTH = 13, 30, 9
+KINDS: dict[str, Any] = {
+    "1x5": ([(30, 1, 4)], [(1, 1, 5)]),
+    "3 terms": ([(30, 3, 4)], [(3, 1, 5)]),
+    "shared rows": ([(10, 2, 4)], [(2, 3, 5)]),
+    "groups": ([(30, 1, 4), (30, 2, 1)], [(1, 1, 5), (2, 1, 20)]),
+    "dense": ([(30, 20)], []),
+}
+
+
+def words(kind: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Arguments of `mlm_loss`; five rows have no label."""
+    a, b = KINDS[kind]
+    labels = torch.randint(0, ENTRIES, (ROWS,))
+    labels[torch.tensor([0, 3, 4, 9, 12])] = -100
+    leaves = [torch.randn(*size, dtype=dtype, requires_grad=True) for size in (*a, *b)]
+    a_leaves, b_leaves = leaves[: len(a)], leaves[len(a) :]
+    return {
+        "h": torch.randn(ROWS, 20, dtype=dtype, requires_grad=True),
+        "a": a_leaves if len(a) > 1 else a_leaves[0],
+        "b": b_leaves if len(b) > 1 else b_leaves[0] if b else None,
+        "bias": torch.randn(ENTRIES, dtype=dtype, requires_grad=True),
+        "labels": labels,
+    }
+
+
+def teacher_of(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = ((ROWS, TEACHER_WIDTH), (ENTRIES, TEACHER_WIDTH), (ENTRIES,))
+    h, weight, bias = (torch.randn(*size, dtype=dtype) for size in sizes)
+    return h, weight, bias
+
+
+def leaves_of(given: dict[str, Any]) -> list[Tensor]:
+    found = [given["h"], given["bias"]]
+    for one in (given["a"], given["b"]):
+        found += [one] if isinstance(one, Tensor) else list(one or [])
+    return found
+
+
+def definition(given, teacher=None, temperature=1.0) -> tuple[Tensor, Tensor | None]:
+    """Both losses from whole logits."""
+    a, b = given["a"], given["b"]
+    if b is None:
+        weight = a
+    elif isinstance(a, Tensor):
+        weight = reference.kron_weight(a.transpose(0, 1), b)
+    else:
+        weight = reference.kron_weight([one.transpose(0, 1) for one in a], b)
+    scores = F.linear(given["h"], weight, given["bias"])
+    cross_entropy = F.cross_entropy(scores.to(torch.float64), given["labels"])
+    if teacher is None:
+        return cross_entropy, None
+    keep = (given["labels"] != -100)[:, None]
+    return cross_entropy, kl_logits(scores, F.linear(*teacher), keep, temperature)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [1, 3, 8, None])
+@pytest.mark.parametrize("temperature", [None, 1.0, 2.5])
+def test_mlm_loss_is_its_definition(kind, chunk, temperature):
+    given = words(kind)
+    teacher = None if temperature is None else teacher_of()
+    cross_entropy, kl = mlm_loss(
+        **given, teacher=teacher, temperature=temperature or 1.0, chunk=chunk
+    )
+    true, true_kl = definition(given, teacher, temperature or 1.0)
+    torch.testing.assert_close(cross_entropy, true)
+    total, true_total = cross_entropy * 0.7, true * 0.7
+    if teacher is not None:
+        torch.testing.assert_close(kl, true_kl)
+        total, true_total = total + 1.3 * kl, true_total + 1.3 * true_kl
+    else:
+        assert kl is None
+    ours = torch.autograd.grad(total, leaves_of(given))
+    expected = torch.autograd.grad(true_total, leaves_of(given))
+    for one, two in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("kind", ["3 terms", "groups", "dense"])
+def test_mlm_loss_gradcheck(kind):
+    given = words(kind)
+    leaves = leaves_of(given)
+    groups = len(KINDS[kind][0])
+    labels, teacher = given["labels"], teacher_of()
+
+    def call(h, bias, *matrices):
+        a, b = list(matrices[:groups]), list(matrices[groups:])
+        return mlm_loss(h, a, b or None, bias, labels, teacher=teacher, temperature=2.0, chunk=3)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("loss", [0, 1], ids=["cross entropy", "kl"])
+def test_either_loss_alone(loss):
+    given, teacher = words("3 terms"), teacher_of()
+    ours = torch.autograd.grad(mlm_loss(**given, teacher=teacher)[loss], leaves_of(given))
+    expected = torch.autograd.grad(
+        definition(given, teacher)[loss], leaves_of(given), allow_unused=True
+    )
+    for one, two in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_mlm_loss_rounds_no_worse_than_eager(dtype):
+    given = words("3 terms", dtype)
+    teacher = teacher_of(dtype)
+    exact_given = {
+        name: x.detach().double().requires_grad_() if name != "labels" else x
+        for name, x in given.items()
+    }
+    exact = definition(exact_given, tuple(t.double() for t in teacher))
+    eager = definition(given, teacher)
+    ours = mlm_loss(**given, teacher=teacher, chunk=3)
+    found = [
+        [*losses, *torch.autograd.grad(sum(losses), leaves_of(leaves))]
+        for losses, leaves in ((ours, given), (eager, given), (exact, exact_given))
+    ]
+    for one, plain, true in zip(*found, strict=True):
+        fused = (one.double() - true).square().mean().sqrt()
+        error = (plain.double() - true).square().mean().sqrt()
+        floor = torch.finfo(dtype).eps / 2 * true.double().square().mean().sqrt() + 1e-7
+        assert fused <= 2 * error + floor
+
+
+def test_many_chunks_are_summed_in_float32():
+    """In bfloat16 a sum of 700 chunks would stand still long before its end."""
+    h = torch.zeros(700, 2, dtype=torch.bfloat16)
+    table = torch.ones(3, 2, dtype=torch.bfloat16)
+    bias = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    mlm_loss(h, table, None, bias, torch.zeros(700, dtype=torch.int64), chunk=1)[0].backward()
+    assert bias.grad.tolist() == pytest.approx([-2 / 3, 1 / 3, 1 / 3], rel=5e-3)
+
+
+def test_small_probabilities_survive_float16():
+    """The mean over many rows would make 1 / entries vanish before the loss scale could help."""
+    h = torch.zeros(64, 2, dtype=torch.float16, requires_grad=True)
+    table = torch.ones(30000, 2, dtype=torch.float16, requires_grad=True)
+    bias = torch.zeros(30000, dtype=torch.float16, requires_grad=True)
+    loss, _ = mlm_loss(h, table, None, bias, torch.zeros(64, dtype=torch.int64))
+    (loss * 1024).backward()
+    assert bias.grad[1].item() == pytest.approx(1024 / 30000, rel=1e-2)
+
+
+def test_no_label_is_a_loss_of_zero():
+    given = words("1x5")
+    given["labels"] = torch.full((ROWS,), -100)
+    losses = mlm_loss(**given, teacher=teacher_of())
+    assert [loss.item() for loss in losses] == [0, 0]
+    sum(losses).backward()
+    assert all(not leaf.grad.any() for leaf in leaves_of(given))
+
+
+def test_leading_dimensions_and_another_ignored_label():
+    given = words("1x5")
+    flat, _ = mlm_loss(**given)
+    labels = given["labels"].clone()
+    labels[labels == -100] = -1
+    whole = {**given, "h": given["h"][None], "labels": labels[None]}
+    assert torch.equal(flat, mlm_loss(**whole, ignore_index=-1)[0])
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    given = words("1x5")
+    given["a"], given["bias"] = given["a"].detach(), None
+    mlm_loss(**given, teacher=teacher_of())[1].backward()
+    assert given["a"].grad is None
+    assert given["b"].grad.any()
+    with torch.no_grad():
+        assert not mlm_loss(**given)[0].requires_grad
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers any tensor made inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.numbers = max([self.numbers, *sizes])
+        return out
+
+
+def test_mlm_loss_never_holds_tokens_times_vocabulary():
+    rows, entries, chunk = 64, 500, 8
+    h = torch.randn(rows, 20, requires_grad=True)
+    a = torch.randn(entries, 1, 4, requires_grad=True)
+    b = torch.randn(1, 1, 5, requires_grad=True)
+    teacher = (torch.randn(rows, 6), torch.randn(entries, 6), None)
+    labels = torch.randint(0, entries, (rows,))
+    with Largest() as chunked:
+        sum(mlm_loss(h, a, b, None, labels, teacher=teacher, chunk=chunk)).backward()
+    assert chunked.numbers == chunk * entries
+    with Largest() as whole:
+        sum(mlm_loss(h, a, b, None, labels, teacher=teacher, chunk=rows)).backward()
+    assert whole.numbers == rows * entries
+
+
+def test_a_second_derivative_is_refused():
+    given = words("1x5")
+    (grad,) = torch.autograd.grad(mlm_loss(**given)[0], given["h"], create_graph=True)
+    with pytest.raises(KronbertError, match="no second derivative"):
+        grad.sum().backward()
+    q, k, tq, tk = scores(5, 4, 4)
+    (grad,) = torch.autograd.grad(attention_score_loss(q, k, tq, tk), q, create_graph=True)
+    with pytest.raises(KronbertError, match="no second derivative"):
+        (grad + k).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"labels": torch.zeros(3).long()}, r"labels \(3,\), h \(13, 20\): expected one label"),
+        ({"labels": torch.full((ROWS,), 30)}, "labels from 30 to 30 with 30 entries"),
+        ({"labels": torch.full((ROWS,), -1)}, "labels from -1 to -1 .* need ignore_index=-100"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"b": None}, r"weight \(30, 1, 4\) without b"),
+        ({"h": torch.zeros(ROWS, 21).double()}, "a_in \\* b_in"),
+        ({"teacher": (torch.zeros(2, 9), torch.zeros(30, 9), None)}, "expected as many rows"),
+        ({"teacher": (torch.zeros(ROWS, 9), torch.zeros(31, 9), None)}, r"expected \(30, 9\)"),
+    ],
+)
+def test_mlm_loss_refuses(changes, said):
+    with pytest.raises(ShapeError, match=said):
+        mlm_loss(**{**words("1x5"), **changes})
+
+
+def scores(
+    tokens: int, d: int, teacher_d: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    sizes = (d, d, teacher_d, teacher_d)
+    return tuple(torch.randn(2, 3, tokens, size, dtype=dtype, requires_grad=True) for size in sizes)
+
+
+def score_definition(q, k, teacher_q, teacher_k, mask=None, scaling=None) -> Tensor:
+    """From (tokens, tokens) matrices."""
+    one = scaling or 1 / math.sqrt(q.shape[-1])
+    two = scaling or 1 / math.sqrt(teacher_q.shape[-1])
+    square = (q @ k.mT * one - teacher_q @ teacher_k.mT * two).square()
+    if mask is None:
+        return square.mean()
+    pairs = (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(square)
+    return square[pairs].sum() / max(1, pairs.sum())
+
+
+@pytest.mark.parametrize("tokens", [6, 40], ids=["direct", "Gram"])
+@pytest.mark.parametrize("teacher_d", [4, 7])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_score_loss_is_its_definition(tokens, teacher_d, scaling, masked):
+    given = scores(tokens, 4, teacher_d)
+    mask = None
+    if masked:
+        mask = torch.arange(tokens)[None] < torch.tensor([[tokens - 2], [tokens // 3]])
+    ours = attention_score_loss(*given, mask, scaling)
+    expected = score_definition(*given, mask, scaling)
+    torch.testing.assert_close(ours, expected)
+    found, true = (torch.autograd.grad(3 * loss, given) for loss in (ours, expected))
+    for one, two in zip(found, true, strict=True):
+        torch.testing.assert_close(one, two)
+    if scaling is None:  # the objective's own term
+        torch.testing.assert_close(ours.float(), mse_scores(*given, mask).float())
+
+
+@pytest.mark.parametrize("tokens", [5, 25])
+def test_attention_score_loss_gradcheck(tokens):
+    mask = torch.arange(tokens)[None] < torch.tensor([[tokens], [3]])
+    assert torch.autograd.gradcheck(
+        lambda *given: attention_score_loss(*given, mask.int()), scores(tokens, 4, 4)
+    )
+
+
+@pytest.mark.parametrize("tokens", [8, 60])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_score_loss_keeps_what_half_precision_came_in(tokens, dtype):
+    given = scores(tokens, 4, 4, dtype)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    ours, true = attention_score_loss(*given), score_definition(*exact)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(true.item(), rel=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention_score_loss(*given), ours)
+    found, expected = torch.autograd.grad(ours, given), torch.autograd.grad(true, exact)
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), two, rtol=2e-2, atol=1e-4)
+
+
+def test_models_that_agree_have_no_loss():
+    """No cancellation: the difference is taken before the products."""
+    q, k, _, _ = (100 * x.detach() for x in scores(80, 4, 4, torch.float32))
+    assert attention_score_loss(q, k, q.clone(), k.clone()).item() == 0
+    near = attention_score_loss(q, k, q, k + 1e-3)
+    exact = score_definition(*(x.double() for x in (q, k, q, k + 1e-3)))
+    assert near.item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+def test_attention_score_loss_never_holds_tokens_squared():
+    q, k, tq, tk = scores(200, 4, 4, torch.float32)
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    with Largest() as largest:
+        loss = attention_score_loss(q, k, tq.detach(), tk.detach(), mask)
+        assert sum(x is not None for x in loss.grad_fn.saved_tensors) == 4  # no teacher
+        loss.backward()
+    assert (
+        largest.numbers == 2 * 3 * 200 * 8
+    )  # the stacked matrices; tokens squared: 2 * 3 * 40,000
+
+
+def test_what_is_padding_may_be_anything():
+    q, k, tq, tk = scores(40, 4, 4)
+    mask = torch.arange(40)[None] < torch.tensor([[40], [7]])
+    clean = attention_score_loss(q, k, tq, tk, mask)
+    with torch.no_grad():
+        k[1, :, 7:], tq[1, :, 7:] = math.nan, math.inf
+    assert torch.equal(attention_score_loss(q, k, tq, tk, mask), clean)
+    none = attention_score_loss(q, k, tq, tk, torch.zeros(2, 40, dtype=torch.bool))
+    assert none.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 5, 4), (2, 3, 5, 4)), "the same for q and k"),
+        (((2, 3, 5, 4),) * 2 + ((2, 6, 5, 4),) * 2, "differ in batch, heads or tokens"),
+        (((3, 5, 4),) * 4, r"expected \(batch, heads, tokens, d\)"),
+    ],
+)
+def test_attention_score_loss_refuses(sizes, said):
+    with pytest.raises(ShapeError, match=said):
+        attention_score_loss(*(torch.zeros(*size) for size in sizes))
+
+
+def test_attention_score_loss_refuses_a_mask_of_pairs():
+    with pytest.raises(
+        ShapeError, match=r"mask \(2, 5, 5\): expected \(batch, tokens\) = \(2, 5\)"
+    ):
+        attention_score_loss(*scores(5, 4, 4), torch.ones(2, 5, 5))
