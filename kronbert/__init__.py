@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .errors import ReportError as ReportError
     from .errors import ShapeError as ShapeError
+    from .fusion import fuse as fuse
+    from .fusion import unfuse as unfuse
     from .head import KroneckerLMHead as KroneckerLMHead
     from .linear import KroneckerLinear as KroneckerLinear
     from .planning import Plan as Plan
@@ -50,6 +52,8 @@ _HOME = {
     "PlanError": "errors",
     "ReportError": "errors",
     "ShapeError": "errors",
+    "fuse": "fusion",
+    "unfuse": "fusion",
     "KroneckerLMHead": "head",
     "KroneckerLinear": "linear",
     "Plan": "planning",

@@ -1,4 +1,4 @@
-"""The command line: plan, convert, compress, evaluate, report, bench and demo."""
+"""The command line: plan, convert, compress, evaluate, report, bench, calibrate and demo."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from .errors import DataError, KronbertError, PlanError
 from .job_folder import writable
@@ -247,6 +249,41 @@ def bench(
 
 
 @app.command()
+def calibrate(
+    output: Annotated[
+        Path | None, typer.Option(help="file; default: where every later process looks for it")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch's; default: those of this process")
+    ] = None,
+) -> None:
+    """Measure this machine's products, so that layers on its CPU run in their fastest form."""
+    import torch
+
+    from .cpu_calibrate import cache_file, machine
+    from .cpu_calibrate import calibrate as measure
+
+    if output is not None and output.is_dir():
+        raise PlanError(f"--output {output}: is a folder. Name a file in it.")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        path = output or cache_file()
+        writable(path.parent)
+        out.print("measuring; let nothing else run for about half a minute")
+        start = perf_counter()
+        measure(path)
+        seconds, on = perf_counter() - start, machine()
+    finally:
+        torch.set_num_threads(before)
+    out.print(f"wrote {path} in {seconds:.1f} s")
+    out.print(
+        f"for {on['cpu']} ({on['instructions']}), {on['threads']} threads, torch {on['torch']}"
+    )
+    out.print(chosen_forms(path))
+
+
+@app.command()
 def demo(
     output: str = "kronbert-demo",
     data_dir: DataDir = None,
@@ -267,6 +304,29 @@ def finish(content: dict[str, Any], output: str) -> None:
         f"{metric}: teacher {100 * teacher:.1f}, student {100 * student:.1f}; "
         f"read {Path(output) / 'report.md'}"
     )
+
+
+def chosen_forms(times: Path, rows: int = 128) -> Table:
+    """What these times choose for the papers' layers of BERT-base."""
+    from .cpu_cost import load_tables
+    from .presets import PRESETS
+
+    found: dict[tuple[str, Any], list[str]] = {}
+    for name, preset in PRESETS.items():
+        for part, small, size in (
+            ("attention", preset.attention, (768, 768)),
+            ("expand", preset.expand, (3072, 768)),
+            ("contract", preset.contract, (768, 3072)),
+        ):
+            found.setdefault((part, small.shape(*size, name)), []).append(name)
+    tables = load_tables(times)
+    table = Table(title=f"chosen for BERT-base's layers at {rows} rows")
+    for column in ("preset", "layer", "shape", *tables):
+        table.add_column(column)
+    for (part, shape), names in found.items():
+        forms = [str(costs.choose((shape,), rows)[0]) for costs in tables.values()]
+        table.add_row(", ".join(names), part, str(shape), *forms)
+    return table
 
 
 def read_plan(file: Path) -> Any:

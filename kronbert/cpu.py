@@ -13,13 +13,28 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import cpu_calibrate
 from .cpu_cost import CostTable
-from .forms import DENSE, Form, prepare, run, run_in_chunks, weight
+from .forms import (
+    DENSE,
+    FEW_ROWS,
+    Form,
+    chunk_rows,
+    packed,
+    packed_all,
+    plain_product,
+    prepare,
+    run,
+    run_in_chunks,
+    weight,
+)
 from .shapes import Groups, KroneckerShape
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -29,6 +44,9 @@ PLAIN = (Tensor, nn.Parameter)
 """Tensors whose numbers can be read: no fake, batched or otherwise wrapped ones."""
 
 _linear = torch._C._nn.linear
+_tracing = torch._C._get_tracing_state
+_transform_level = torch._C._functorch.maybe_current_level
+_modes = torch._C._len_torch_dispatch_stack
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -93,16 +111,17 @@ def recall(
         kept is None
         or x.dtype is not kept.dtype
         or type(x) is not Tensor
+        or not x.is_cpu
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or torch._C._get_tracing_state() is not None
+        or not _eager()
         or not kept.holds(a, b, bias)
     ):
         return None
     sizes = x.shape
     if not sizes or sizes[-1] != kept.inner:
         return None
-    found = kept.runs.get((x.numel() // kept.inner).bit_length())
+    found = kept.runs.get(bucket(x.numel() // kept.inner))
     return None if found is None else found(x, bias)
 
 
@@ -111,32 +130,39 @@ def linear(x: Tensor, pairs: Pairs, shapes: Groups, bias: Tensor | None) -> Tens
     operands = [x, *(t for pair in pairs for t in pair), *([] if bias is None else [bias])]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     n = x.numel() // x.shape[-1]
-    keep = not torch.is_grad_enabled() and _keepable(pairs)
+    # What autocast cast is new in every call: nothing made of it would be used again.
+    keep = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    keep = keep and _keepable(pairs)
     forms = choose(shapes, x.dtype, n, fresh=not keep)
     if needs_grad:
         rows = x.reshape(n, x.shape[-1]).contiguous()
         return _sum(forms, shapes, rows, pairs, bias).view(*x.shape[:-1], shapes[0].out_features)
-    call = _runner(forms, shapes, pairs)
+    call = _runner(forms, shapes, pairs, n)
     if keep and n:
         first = pairs[0][0]
         kept = _KEPT.get(id(first))
         a, b = zip(*pairs, strict=True)
         if kept is None or len(kept.sources) != 2 * len(a) or not kept.holds(a, b, bias):
+            _forget_after_steps()
             kept = Kept(pairs, bias, x.shape[-1])
             _KEPT[id(first)] = kept
-        kept.runs[n.bit_length()] = call
+        kept.runs[bucket(n)] = call
     return call(x, bias)
 
 
+def bucket(n: int) -> int:
+    """Numbers of rows that run alike: each up to 4, then from one power of two to the next."""
+    return n if n <= 4 else n.bit_length() + 2
+
+
 def choose(shapes: Groups, dtype: torch.dtype, n: int, *, fresh: bool = False) -> tuple[Form, ...]:
-    """The form of each group on n rows, or one `DENSE` for all; the same from one power of two to
-    the next."""
-    return _choose(DTYPES[dtype], shapes, n.bit_length(), fresh)
+    """The form of each group on n rows, or one `DENSE` for all; the same in a whole `bucket`."""
+    return _choose(DTYPES[dtype], shapes, bucket(max(n, 1)), fresh)
 
 
 @cache
-def _choose(dtype: str, shapes: Groups, bits: int, fresh: bool) -> tuple[Form, ...]:
-    middle = 3 * 2 ** (bits - 2) if bits > 1 else 1
+def _choose(dtype: str, shapes: Groups, rows: int, fresh: bool) -> tuple[Form, ...]:
+    middle = rows if rows <= 4 else 3 * 2 ** (rows - 4)
     return tables()[dtype].choose(shapes, middle, fresh=fresh)
 
 
@@ -146,11 +172,19 @@ def takes(x: Tensor, pairs: Pairs) -> bool:
         x.device.type == "cpu"
         and x.dtype in DTYPES
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
         and type(x) in PLAIN
         and all(type(t) in PLAIN for pair in pairs for t in pair)
-        and torch._C._functorch.maybe_current_level() is None
-        and not torch._C._len_torch_dispatch_stack()
+        and _eager()
+    )
+
+
+def _eager() -> bool:
+    """No tracer, transformation or mode looks on: they refuse ``out=`` or keep what they see."""
+    return (
+        _tracing() is None
+        and _transform_level() is None
+        and not _modes()
+        and forward_ad._current_level < 0
     )
 
 
@@ -168,42 +202,60 @@ def forget(tensors: Iterable[Tensor] | None = None) -> None:
     """Drop what was made from these matrices, or from all."""
     if tensors is None:
         _KEPT.clear()
-    else:
-        for tensor in tensors:
-            _KEPT.pop(id(tensor), None)
+    elif _KEPT:
+        changed = {id(tensor) for tensor in tensors}
+        for key, kept in list(_KEPT.items()):
+            if any(id(source()) in changed for source, _, _ in kept.sources):
+                _KEPT.pop(key, None)
 
 
-def _runner(forms: tuple[Form, ...], shapes: Groups, pairs: Pairs) -> Run:
-    """x (..., in), bias -> (..., out) without gradients, with matrices made once."""
+@cache
+def _forget_after_steps() -> None:
+    """Fused optimizers count no versions (torch 2.13): forget what one has stepped."""
+
+    def stepped(optimizer: Any, *_: Any) -> None:
+        forget(tensor for group in optimizer.param_groups for tensor in group["params"])
+
+    register_optimizer_step_post_hook(stepped)
+
+
+def _runner(forms: tuple[Form, ...], shapes: Groups, pairs: Pairs, n: int) -> Run:
+    """x (..., in), bias -> (..., out) without gradients, with matrices made once for about n
+    rows."""
     with torch.inference_mode(False), torch.no_grad():
         if forms == (DENSE,):
             dense = weight(*pairs[0])
             for pair in pairs[1:]:
                 dense += weight(*pair)
-            return partial(_dense, dense)
+            return partial(_dense, packed(dense, n))
         ready = [
             # Cloned: a view would keep the parameter alive, and show changes half.
-            (form, shape, tuple(matrix.clone() for matrix in prepare(form, *pair)))
+            (form, shape, packed_all(form, tuple(m.clone() for m in prepare(form, *pair)), n))
             for form, shape, pair in zip(forms, shapes, pairs, strict=True)
         ]
     inner, out = shapes[0].in_features, shapes[0].out_features
+    step = min(chunk_rows(form, shape, pairs[0][0].element_size()) for form, shape, _ in ready)
 
     def call(x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, inner).contiguous()
+        each = run if rows.shape[0] <= step else run_in_chunks
         form, shape, matrices = ready[0]
-        y = run_in_chunks(form, shape, rows, matrices, bias)
+        y = each(form, shape, rows, matrices, bias)
         for form, shape, matrices in ready[1:]:
-            y += run_in_chunks(form, shape, rows, matrices, None)
+            y += each(form, shape, rows, matrices, None)
         return y.view(*x.shape[:-1], out)
 
     return call
 
 
-def _dense(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` on the kept weight; in bfloat16 its bias costs 3 us on few rows, an addition 1."""
-    if bias is None or x.dtype is not torch.bfloat16 or x.shape[-1] * 16 < x.numel():
-        return _linear(x, weight, bias)
-    return _linear(x, weight).add_(bias)
+def _dense(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with a kept dense matrix. In float32 a bias costs less after it, but on few
+    rows."""
+    if matrix.is_mkldnn:
+        return plain_product(x.contiguous(), matrix, bias)
+    if bias is None or x.numel() <= FEW_ROWS * x.shape[-1]:
+        return plain_product(x, matrix, bias)
+    return plain_product(x, matrix).add_(bias)
 
 
 def _sum(

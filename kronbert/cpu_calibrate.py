@@ -17,16 +17,17 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 
 from .cpu_cost import CostTable, Grid, Primitive, load_tables, shipped_tables
+from .errors import ReportError
+from .forms import packed, plain_product
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 WIDTHS = (2, 8, 32, 96, 192, 384, 768, 1536, 3072)
 """Widths that layers and their slices have; between powers of two products run differently."""
 
-GEMM: Grid = ((1, 4, 16, 64, 256, 1024, 8192, 131072), WIDTHS, WIDTHS)
+GEMM: Grid = ((1, 2, 3, 4, 16, 64, 256, 1024, 8192, 131072), WIDTHS, WIDTHS)
 MIX: Grid = ((1, 16, 128, 1024), (2, 8, 32, 128), (2, 8, 32, 128), (2, 8, 32, 128, 512))
 TURN: Grid = ((1024, 32768, 131072, 1048576), (2, 16, 96, 384), (2, 16, 96, 384))
 ADD: Grid = ((1024, 32768, 1048576, 4194304),)
@@ -87,7 +88,7 @@ def tables() -> tuple[dict[str, CostTable], Path | None]:
     if path.is_file():
         try:
             return load_tables(path), None
-        except (KeyError, TypeError, ValueError, OSError):
+        except ReportError:
             damaged = path
     shipped = shipped_tables()
     if not torch.cpu._is_amx_tile_supported():
@@ -100,8 +101,8 @@ def measure(dtype: torch.dtype) -> CostTable:
     """Every primitive on its grid in ``dtype``."""
 
     def gemm(m: int, n: int, k: int) -> Callable[[], object]:
-        x, weight = _random(dtype, m, k), _random(dtype, n, k)
-        return lambda: F.linear(x, weight)
+        x, weight = _random(dtype, m, k), packed(_random(dtype, n, k), m)
+        return lambda: plain_product(x, weight)
 
     def mix(batch: int, p: int, q: int, width: int) -> Callable[[], object]:
         small, slices = _random(dtype, p, q), _random(dtype, batch, q, width)

@@ -108,7 +108,7 @@ def expand_gelu(x: Tensor, pairs: Pairs, bias: Tensor | None, gelu: Gelu) -> Ten
 def embed_norm(
     ids: Tensor,
     pairs: Pairs,
-    table: Tensor | None,
+    table: Tensor,
     norm: Norm | None,
     position: Lookup | None,
     kind: Lookup | None,
@@ -120,7 +120,7 @@ def embed_norm(
 
     if len(pairs) > 1 or (pairs and pairs[0][1].shape[1] != 1):
         return None
-    a, b = pairs[0] if pairs else (table, None)
+    a, b = (pairs[0][0], pairs[0][1]) if pairs else (table, None)
     weight, bias, eps = (None, None, 0.0) if norm is None else norm
     return op_embedding.embed_norm(
         ids, a, b, weight, bias, eps, position=position, kind=kind, padding_idx=padding_idx

@@ -24,20 +24,20 @@ class KroneckerTerms(nn.Module):
 
     def matrices(self, letter: str) -> list[nn.Parameter]:
         """The parameters called ``letter`` ("a" or "b"), one per group."""
-        held = self._parameters  # nn.Module.__getattr__ costs more than the rest of the way
-        if len(self.groups) == 1 and letter in held:
-            return [held[letter]]
+        # nn.Module.__getattr__ costs more than the rest of the way.
+        if len(self.groups) == 1 and (only := self._parameters.get(letter)) is not None:
+            return [only]
         return [
             getattr(self, letter if i == 0 else f"{letter}_{i}") for i in range(len(self.groups))
         ]
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; what was kept of the matrices is made anew, see `kronbert.cpu`."""
-        cpu.forget(self._parameters.values())
+        cpu.forget(self.parameters(recurse=False))
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        cpu.forget(self._parameters.values())  # .to() and the like write through param.data
+        cpu.forget(self.parameters(recurse=False))  # .to() and the like write through param.data
         return super()._apply(*args, **kwargs)
 
     @property

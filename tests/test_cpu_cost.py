@@ -1,0 +1,355 @@
+"""The CPU's cost model: interpolation, what a form is charged for, and the choice."""
+
+import itertools
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig
+
+from kronbert import cpu_cost, forms
+from kronbert.config import KroneckerConfig
+from kronbert.cpu_cost import CostTable, Primitive, prepared_numbers, shipped_tables
+from kronbert.errors import ReportError
+from kronbert.forms import DENSE, LOW_RANK, forms_of
+from kronbert.inventory import inventory
+from kronbert.planning import make_plan
+from kronbert.presets import PRESETS
+from kronbert.shapes import KroneckerShape, low_rank
+
+SPECS = ["5x4*2x7", "3:5x4*2x7", "4:2x3*11x6", "2:16x9*3x2", "6x5*1x4", "2:3x1*4x5"]
+SPECS += ["15x1*1x14", "4:15x1*1x14"]
+SHAPES = [KroneckerShape.parse(spec) for spec in SPECS]
+CASES = [pytest.param(s, f, id=f"{s} {f}") for s in SHAPES for f in forms_of(s)]
+ROWS = (1, 2, 3, 7, 96, 192, 3000, 100_000)
+
+
+def random_primitive(*axes):
+    times = [3 + 100 * t for t in torch.rand(math.prod(map(len, axes))).tolist()]
+    return Primitive(tuple(axes), tuple(times))
+
+
+def per_unit(us, dims):
+    """A primitive whose time is ``us`` times the product of its sizes."""
+    return Primitive(((1,),) * dims, (us,))
+
+
+def table(gemm=1e-3, mix=1e9, turn=1e9, add=1e-9):
+    """Times in proportion to the work: a product of m, n, k takes gemm * m * n * k us."""
+    dims = {"gemm": (gemm, 3), "mix": (mix, 4), "turn": (turn, 3), "add": (add, 1)}
+    return CostTable(4, **{name: per_unit(*of) for name, of in dims.items()})
+
+
+# Interpolation.
+
+
+def test_grid_points_are_exact():
+    axes = ((1, 4, 16), (2, 6, 96), (3, 5))
+    primitive = random_primitive(*axes)
+    for sizes, us in zip(itertools.product(*axes), primitive.times_us, strict=True):
+        assert primitive.us(*sizes) == pytest.approx(us, rel=1e-12)
+
+
+def test_powers_of_the_sizes_are_exact_between():
+    axes = ((1, 10, 300), (2, 50), (4, 7, 2000))
+
+    def law(m, n, k):
+        return 0.3 * m**1.1 * n**0.5 * k
+
+    primitive = Primitive(axes, tuple(law(*sizes) for sizes in itertools.product(*axes)))
+    for sizes in [(3, 7, 5), (10, 3, 900), (299, 49, 1999), (2, 2, 2000)]:
+        assert primitive.us(*sizes) == pytest.approx(law(*sizes), rel=1e-9)
+
+
+def test_between_neighbours_time_lies_between_theirs():
+    primitive = Primitive(((2, 8, 64),), (5.0, 40.0, 11.0))
+    rising = [primitive.us(m) for m in range(2, 9)]
+    falling = [primitive.us(m) for m in range(8, 65)]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert len(set(rising)) == len(rising)
+    assert primitive.us(4) == pytest.approx(200**0.5)  # halfway in both logarithms
+
+
+def test_beyond_the_grid_time_grows_with_the_work():
+    primitive = random_primitive((1, 8), (2, 16))
+    corner = primitive.times_us[-1]
+    assert primitive.us(24, 16) == pytest.approx(3 * corner)
+    assert primitive.us(8, 40) == pytest.approx(2.5 * corner)
+    assert primitive.us(24, 40) == pytest.approx(7.5 * corner)
+
+
+def test_below_the_grid_time_stays():
+    primitive = random_primitive((4, 8), (6, 16))
+    assert primitive.us(1, 16) == primitive.us(4, 16)
+    assert primitive.us(8, 1) == primitive.us(8, 6)
+    assert primitive.us(0, 0) == primitive.us(4, 6)
+
+
+@pytest.mark.parametrize(
+    "times", [(1.0,), (1.0, 2.0, 3.0), (1.0, 0.0), (1.0, -2.0), (1.0, math.inf)]
+)
+def test_times_that_are_none_are_refused(times):
+    with pytest.raises(ReportError, match=r"on a grid of 2 points: expected one for each"):
+        Primitive(((1, 2),), times)
+
+
+def test_json_round_trip(tmp_path):
+    tables = {
+        name: CostTable(
+            itemsize,
+            random_primitive((1, 4), (2, 6), (3, 5)),
+            random_primitive((1, 4), (2, 6), (3, 5), (2, 9)),
+            random_primitive((1, 4), (2, 6), (3, 5)),
+            random_primitive((1, 4)),
+        )
+        for name, itemsize in (("float32", 4), ("bfloat16", 2))
+    }
+    file = tmp_path / "times.json"
+    file.write_text(json.dumps({"tables": {name: t.to_json() for name, t in tables.items()}}))
+    read = cpu_cost.load_tables(file)
+    assert read.keys() == tables.keys()
+    for name, found in read.items():
+        assert found.itemsize == tables[name].itemsize
+        for part in cpu_cost.PRIMITIVES:
+            one, other = getattr(found, part), getattr(tables[name], part)
+            assert one.axes == other.axes
+            assert one.times_us == pytest.approx(other.times_us, rel=1e-3)
+        assert found == CostTable.from_json(json.loads(json.dumps(found.to_json())))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"tables": []}',
+        '{"tables": {"float32": 3}}',
+        '{"tables": {"float32": {"itemsize": 4}}}',
+        b"\xff\xfe",
+        None,
+        "no bfloat16",
+        "one time missing",
+    ],
+)
+def test_damaged_files_are_refused(text, tmp_path):
+    file = tmp_path / "times.json"
+    whole = {name: shipped.to_json() for name, shipped in shipped_tables().items()}
+    if text == "no bfloat16":
+        text = json.dumps({"tables": {"float32": whole["float32"]}})
+    elif text == "one time missing":
+        whole["float32"]["mix"]["times_us"].pop()
+        text = json.dumps({"tables": whole})
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ReportError, match=r"times.json: holds no measured times"):
+        cpu_cost.load_tables(file)
+
+
+# What a form is charged for.
+
+
+@pytest.mark.parametrize(("shape", "form"), CASES)
+def test_prepared_numbers_are_those_of_prepare(shape, form):
+    a = torch.randn(shape.rank, shape.a_out, shape.a_in)
+    b = torch.randn(shape.rank, shape.b_out, shape.b_in)
+    made = sum(matrix.numel() for matrix in forms.prepare(form, a, b))
+    assert prepared_numbers(form, shape) == made
+
+
+class Sizes(TorchDispatchMode):
+    """Records the primitives that run, as the cost model names them; turns by their elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            x, w = args[-2:]
+            self.seen.append(("gemm", x.shape[0], w.shape[1], w.shape[0]))
+        elif name == "bmm":
+            small, slices = args
+            self.seen.append(("mix", *small.shape, slices.shape[2]))
+        elif name == "clone":
+            self.seen.append(("turn", made.numel()))
+        elif name == "add_":
+            self.seen.append(("add", made.numel()))
+        return made
+
+
+PRICES = {"gemm": 1, "mix": 100, "turn": 10_000, "add": 1_000_000}  # told apart in a sum
+
+
+class Asked:
+    """A primitive that costs one price and records the sizes it is asked for."""
+
+    def __init__(self, name, asked):
+        self.name, self.asked = name, asked
+
+    def us(self, *sizes):
+        self.asked.append((self.name, *(sizes[:1] if self.name == "turn" else sizes)))
+        return PRICES[self.name]
+
+
+@pytest.mark.parametrize(("shape", "form"), CASES)
+def test_a_form_is_charged_for_what_it_runs(shape, form):
+    if 1 in (shape.a_out, shape.a_in, shape.b_out, shape.b_in) and "turn" in form:
+        pytest.skip("turning a side of 1 copies nothing")
+    n = 7
+    a = torch.randn(shape.rank, shape.a_out, shape.a_in)
+    b = torch.randn(shape.rank, shape.b_out, shape.b_in)
+    x, bias = torch.randn(n, shape.in_features), torch.randn(shape.out_features)
+    matrices = forms.prepare(form, a, b)
+    with Sizes() as ran:
+        forms.run(form, shape, x, matrices, bias)
+    asked = []
+    priced = CostTable(4, *(Asked(name, asked) for name in cpu_cost.PRIMITIVES))
+    us = priced.form_us(form, shape, n)
+    assert us == sum(PRICES[name] for name, *_ in ran.seen)
+    assert not Counter(ran.seen) - Counter(asked), "runs at sizes that it was not asked about"
+
+
+def test_chunks_are_charged_one_by_one(monkeypatch):
+    monkeypatch.setattr(forms, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(forms, "FEWEST_ROWS", 1)
+    shape, costs = KroneckerShape(5, 4, 2, 7, 3), shipped_tables()["float32"]
+    for form in forms_of(shape):
+        step = forms.chunk_rows(form, shape, 4)
+        if step < 1000:
+            whole, rest = (costs.form_us(form, shape, n) for n in (step, 2))
+            assert costs.form_us(form, shape, 3 * step) == pytest.approx(3 * whole)
+            assert costs.form_us(form, shape, 3 * step + 2) == pytest.approx(3 * whole + rest)
+    assert {forms.chunk_rows(form, shape, 4) < 1000 for form in forms_of(shape)} == {True, False}
+
+
+@pytest.mark.parametrize("dtype", cpu_cost.DTYPES)
+def test_times_are_positive(dtype):
+    costs = shipped_tables()[dtype]
+    for shape, n in itertools.product(SHAPES, ROWS):
+        for form in forms_of(shape):
+            assert 0 < costs.form_us(form, shape, n) < math.inf
+
+
+# The choice. A product in proportion to its work: 100 x 100 at rank r costs 2 r / 100 of dense.
+
+
+@pytest.mark.parametrize(("rank", "form"), [(1, LOW_RANK), (41, LOW_RANK), (42, DENSE)])
+def test_a_form_must_be_faster_by_the_margin(rank, form):
+    assert cpu_cost.MARGIN == 1.2
+    assert table().choose((low_rank(100, 100, rank),), 1000) == (form,)
+
+
+def test_the_fastest_form_is_taken():
+    shape = KroneckerShape(20, 10, 2, 10)
+    costs = shipped_tables()["float32"]
+    for mix, turn, expected in ((1e-6, 1e9, "mix"), (1e9, 1e-6, "turn")):
+        (pick,) = table(mix=mix, turn=turn).choose((shape,), 1000)
+        assert expected in pick
+    for n in ROWS:
+        (pick,) = costs.choose((KroneckerShape(384, 48, 2, 16),), n)
+        if pick != DENSE:
+            us = [
+                costs.form_us(form, KroneckerShape(384, 48, 2, 16), n)
+                for form in forms_of(KroneckerShape(384, 48, 2, 16))
+                if prepared_numbers(form, KroneckerShape(384, 48, 2, 16)) <= 768 * 768
+            ]
+            assert costs.form_us(pick, KroneckerShape(384, 48, 2, 16), n) == min(us)
+
+
+def test_few_rows_of_a_narrow_layer_are_dense():
+    shape = low_rank(100, 100, 1)
+    assert table(gemm=1e-6).choose((shape,), 1) == (DENSE,)  # the stages cost more than it saves
+    assert table(gemm=1e-6).choose((shape,), 10_000) == (LOW_RANK,)
+
+
+def test_kept_matrices_may_not_outgrow_the_dense_weight(monkeypatch):
+    # Products whose time grows with the cube of the inner size: four small ones would win.
+    grid = ((10**9,), (10**9,), (10, 1000))
+    costs = CostTable(
+        4, Primitive(grid, (1.0, 1e6)), per_unit(1e-6, 4), per_unit(1e-6, 3), per_unit(1e-9, 1)
+    )
+    within, beyond = KroneckerShape(1, 4, 1, 100, 3), KroneckerShape(1, 4, 1, 100, 4)
+    assert prepared_numbers(DENSE, beyond) == 400
+    assert all(prepared_numbers(form, beyond) > 400 for form in forms_of(beyond)[1:])
+    assert costs.choose((within,), 100) != (DENSE,)
+    assert costs.choose((beyond,), 100) == (DENSE,)
+    assert costs.choose((within, beyond), 100) == (DENSE,)
+    monkeypatch.setattr(cpu_cost, "GROWTH", 2.0)
+    assert costs.choose((beyond,), 100) != (DENSE,)
+
+
+def test_groups_are_weighed_together():
+    def groups(*ranks):
+        return tuple(low_rank(100, 100, rank) for rank in ranks)
+
+    assert table().choose(groups(20, 20), 1000) == (LOW_RANK, LOW_RANK)
+    assert table().choose(groups(20, 22), 1000) == (DENSE,)
+    # Adding the second product to the first, 1000 x 100 numbers, costs as much as rank 5.
+    slow_add = table(add=1e-2)
+    assert slow_add.choose(groups(35), 1000) == (LOW_RANK,)
+    assert slow_add.choose(groups(18, 17), 1000) == (LOW_RANK, LOW_RANK)
+    assert slow_add.choose(groups(19, 18), 1000) == (DENSE,)
+
+
+def test_fresh_matrices_are_paid_for():
+    shape = KroneckerShape(10, 10, 10, 10)  # 200 numbers for 10 000; a fifth of the work
+    slow_mix = table(mix=1e-2, add=1e-1)
+    assert slow_mix.choose((shape,), 100) == (DENSE,)
+    (pick,) = slow_mix.choose((shape,), 100, fresh=True)
+    assert "mix" in pick
+    assert slow_mix.choose((low_rank(100, 100, 60),), 100, fresh=True) == (DENSE,)
+
+
+# The tables that ship.
+
+
+def test_shipped_tables_are_whole():
+    shipped = shipped_tables()
+    assert shipped.keys() == set(cpu_cost.DTYPES)
+    assert {name: shipped[name].itemsize for name in shipped} == {"float32": 4, "bfloat16": 2}
+    path = cpu_cost.Path(cpu_cost.__file__).with_name("cpu_costs.json")
+    machine = json.loads(path.read_text())["machine"]
+    assert machine.keys() == {"cpu", "instructions", "amx", "threads", "torch"}
+    assert all(value != "" and value is not None for value in machine.values())
+    for costs in shipped.values():
+        assert [len(getattr(costs, part).axes) for part in cpu_cost.PRIMITIVES] == [3, 4, 3, 1]
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The groups of every linear layer in the papers' presets, and in plans by factor."""
+    found = set()
+    for small in PRESETS.values():
+        sizes = [
+            (small.attention, 768, 768),
+            (small.expand, 3072, 768),
+            (small.contract, 768, 3072),
+        ]
+        found |= {(part.shape(out, inner, ""),) for part, out, inner in sizes}
+    bert = BertConfig()
+    minilm = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    for sizes in (inventory(bert), inventory(minilm)):
+        for factor in (2, 3, 4, 5, 6, 8, 10, 12, 15, 19, 21, 25, 30):
+            plan = make_plan(sizes, KroneckerConfig(factor=factor))
+            found |= {x.groups for x in plan.converted if x.size.kind == "linear"}
+    return found
+
+
+@pytest.mark.parametrize("dtype", cpu_cost.DTYPES)
+def test_shipped_tables_choose_for_every_planned_layer(dtype, planned):
+    assert len(planned) > 30
+    costs, picked = shipped_tables()[dtype], set()
+    for groups, n, fresh in itertools.product(planned, ROWS, (False, True)):
+        pick = costs.choose(groups, n, fresh=fresh)
+        if pick != (DENSE,):
+            for form, shape in zip(pick, groups, strict=True):
+                assert form in forms_of(shape)
+                assert prepared_numbers(form, shape) <= shape.out_features * shape.in_features
+        picked.add(pick)
+    assert len(picked) > 2  # the sizes decide

@@ -1,0 +1,395 @@
+"""Fused blocks: the same model in fewer calls, and the ordinary one where somebody watches."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import kronbert
+from kronbert import blocks
+from kronbert.fusion import fuse, unfuse
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+CONFIGS: dict[str, Any] = {
+    "bert": transformers.BertConfig(**SMALL),
+    "roberta": transformers.RobertaConfig(**SMALL),
+    "xlm-roberta": transformers.XLMRobertaConfig(**SMALL),
+    "electra": transformers.ElectraConfig(**SMALL, embedding_size=12),
+    "distilbert": transformers.DistilBertConfig(
+        vocab_size=96, dim=24, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40
+    ),
+    "modernbert": transformers.ModernBertConfig(
+        **SMALL, pad_token_id=0, bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2
+    ),
+}
+# Calls of one forward pass, two layers deep.
+EMBEDDINGS = Counter({"embed_norm": 1})
+CONVERTED = EMBEDDINGS + Counter({"qkv": 2, "linear_norm": 2, "ffn_norm": 2})
+DENSE = EMBEDDINGS + Counter({"residual_norm": 4})
+RULES = {
+    "re:.*(word|tok)_embeddings": {"factor": 2},
+    "re:.*(query|key|value|[qkv]_lin|Wqkv)": {"factor": 2},
+    r"re:.*(output\.dense|intermediate\.dense|out_lin|lin1|lin2|Wi|Wo)": {"factor": 2},
+}
+IDS = torch.tensor([[5, 9, 90, 3, 17, 4, 6], [8, 7, 33, 2, 0, 0, 0]])
+MASK = (torch.arange(7) < torch.tensor([[7], [4]])).long()
+INPUTS = {"input_ids": IDS, "attention_mask": MASK}
+
+
+def a_model(
+    name: str = "bert",
+    *,
+    converted: bool = True,
+    head: str = "TokenClassification",
+    dropout: float = 0.0,
+    **changes: Any,
+) -> Any:
+    """A model in training mode, whose weights are not the initialisation's near-zeros."""
+    config = CONFIGS[name].__class__.from_dict(CONFIGS[name].to_dict() | changes)
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    if converted:
+        model = kronbert.convert(model, rules=RULES)
+    return model.train()
+
+
+def twins(name: str = "bert", **changes: Any) -> tuple[Any, Any]:
+    """A fused model and its ordinary copy."""
+    model = a_model(name, **changes)
+    return fuse(copy.deepcopy(model)), model
+
+
+def scores(model: nn.Module, **inputs: Any) -> Tensor:
+    return model(**(inputs or INPUTS)).logits
+
+
+def gradients(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    scores(model, **inputs).square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each fused call ran; what one makes of another is not counted."""
+    seen: Counter[str] = Counter()
+    inside: list[str] = []
+
+    def spy(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            seen[name] += not inside
+            inside.append(name)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return counted
+
+    for name in ("qkv", "linear_norm", "residual_norm", "ffn_norm", "embed_norm"):
+        monkeypatch.setattr(blocks, name, spy(name, getattr(blocks, name)))
+    return seen
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "dense"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_same_model(name, converted, calls):
+    ours, plain = twins(name, converted=converted)
+    expected = EMBEDDINGS if name == "modernbert" else CONVERTED if converted else DENSE
+    state = plain.state_dict()
+    assert list(ours.state_dict()) == list(state)
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in plain.named_modules()]
+    for model in (ours, plain):
+        model.eval()
+    assert_same(scores(ours), scores(plain))
+    assert calls == expected
+    for model in (ours, plain):
+        model.train()
+    found, wanted = gradients(ours), gradients(plain)
+    assert set(found) == set(wanted)
+    assert_same(found, wanted)
+    assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
+    unfuse(ours)
+    kinds = [type(module) for module in plain.modules()]
+    assert [type(module) for module in ours.modules()] == kinds
+    assert [set(vars(m)) for m in ours.modules()] == [set(vars(m)) for m in plain.modules()]
+    calls.clear()
+    assert_same(scores(ours), scores(plain))
+    assert not calls
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "dense"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_states_and_attentions(name, converted, calls):
+    """transformers finds what it records by class, and leaves its hooks on the model."""
+    ours, plain = twins(name, converted=converted, attn_implementation="eager")
+    for _ in range(2):
+        found = ours(**INPUTS, output_hidden_states=True, output_attentions=True)
+        wanted = plain(**INPUTS, output_hidden_states=True, output_attentions=True)
+        assert len(found.hidden_states) == 3
+        assert len(found.attentions) == 2
+        assert_same(found.hidden_states, wanted.hidden_states)
+        assert_same(found.attentions, wanted.attentions)
+        assert_same(found.logits, wanted.logits)
+    if converted and name != "modernbert":
+        assert calls["ffn_norm"] == calls["qkv"] == 4
+
+
+def watch(module: nn.Module, how: str, seen: Counter[str], name: str) -> Callable[[], Any]:
+    """Count the calls of ``module`` under ``name``; returns what undoes it."""
+
+    def hook(*args: Any) -> None:
+        seen[name] += 1
+
+    if how == "forward":
+        return module.register_forward_hook(hook).remove
+    if how == "pre":
+        return module.register_forward_pre_hook(hook).remove
+    if how == "backward":
+        return module.register_full_backward_hook(hook).remove
+    if how == "backward pre":
+        return module.register_full_backward_pre_hook(hook).remove
+    ordinary = module.forward
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        seen[name] += 1
+        return ordinary(*args, **kwargs)
+
+    module.forward = own
+    return lambda: vars(module).pop("forward")
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called", "ignore:Full backward hook")
+@pytest.mark.parametrize("how", ["forward", "pre", "backward", "backward pre", "own forward"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_watched_module_is_called(name, how):
+    """One module at a time, so that no other one's hook makes a block ordinary."""
+    ours, plain = twins(name)
+    backward = how.startswith("backward")
+    expected = gradients(plain) if backward else scores(plain)
+    counts: list[Counter[str]] = []
+    for model in (ours, plain):
+        seen: Counter[str] = Counter()
+        for where, module in model.named_modules():
+            if where and not isinstance(module, nn.ModuleList):
+                undo = watch(module, how, seen, where)
+                assert_same(gradients(model) if backward else scores(model), expected)
+                undo()
+        counts.append(seen)
+    assert counts[0] == counts[1]
+    assert counts[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_swapped_module_is_called(name):
+    """An adapter put around a module after fusing, as adapter libraries do."""
+
+    class Adapter(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, attribute: str) -> Any:  # a careless reader finds all of inner's
+            try:
+                return super().__getattr__(attribute)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), attribute)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            found = self.inner(*args, **kwargs)
+            return (found[0] * 1.5, *found[1:]) if isinstance(found, tuple) else found * 1.5
+
+    ours, plain = twins(name)
+    before = scores(plain)
+    changed = 0
+    for where, module in list(plain.base_model.named_modules()):
+        # No one output to scale, or none that counts.
+        if isinstance(module, nn.ModuleList) or where in ("", "encoder", "transformer"):
+            continue
+        if where.startswith(("pooler", "rotary")):
+            continue
+        found = []
+        for model in (ours, plain):
+            inner = model.base_model.get_submodule(where)
+            model.base_model.set_submodule(where, Adapter(inner))
+            found.append(scores(model))
+            model.base_model.set_submodule(where, inner)
+        assert_same(found[0], found[1])
+        changed += not torch.equal(found[1], before)
+    assert changed > 12
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "dense"])
+def test_embedding_inputs(name, converted, calls):
+    ours, plain = twins(name, converted=converted, type_vocab_size=3)
+    positions = torch.tensor([[4, 0, 3, 9, 12, 7, 2]])
+    kinds = torch.tensor([[0, 0, 1, 1, 2, 2, 0], [2, 1, 0, 1, 2, 0, 0]])
+    for more in ({"position_ids": positions}, {"token_type_ids": kinds}, {"position_ids": kinds}):
+        assert_same(gradients(ours, **INPUTS, **more), gradients(plain, **INPUTS, **more))
+    assert calls["embed_norm"] == 3
+    width = plain.get_input_embeddings().embedding_dim
+    vectors = torch.randn(2, 7, width)
+    assert_same(
+        scores(ours, inputs_embeds=vectors, token_type_ids=kinds),
+        scores(plain, inputs_embeds=vectors, token_type_ids=kinds),
+    )
+    found, expected = (
+        model.base_model.embeddings(input_ids=IDS, inputs_embeds=vectors) for model in (ours, plain)
+    )
+    assert_same(found, expected)
+    assert calls["embed_norm"] == 3
+
+
+def test_packed_sequences():
+    """Several sequences in one row, longer together than there are positions."""
+    ours, plain = twins()
+    ids, positions = IDS.repeat(1, 4).view(1, 56), torch.arange(14).repeat(1, 4)
+    inputs = {"input_ids": ids, "position_ids": positions}
+    assert_same(scores(ours, **inputs), scores(plain, **inputs))
+
+
+def test_padding_gets_no_gradient():
+    ours, _ = twins("roberta", converted=False, pad_token_id=1)
+    ids = torch.tensor([[5, 7, 1, 1]])
+    found = gradients(ours, input_ids=ids)
+    words = found["roberta.embeddings.word_embeddings.weight"]
+    assert words[5].any()
+    assert not words[1].any()
+    places = found["roberta.embeddings.position_embeddings.weight"]
+    assert places[2].any()
+    assert not places[1].any()
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}])
+def test_tables_that_are_more_than_read_stay_ordinary(options, calls):
+    ours, plain = twins(converted=False)
+    for model in (ours, plain):
+        for option, value in options.items():
+            setattr(model.bert.embeddings.word_embeddings, option, value)
+    assert_same(gradients(ours), gradients(plain))
+    assert not calls["embed_norm"]
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_dropout(name):
+    """Two seeds differ, one repeats, evaluation drops nothing, and the mean is kept."""
+    ours, plain = twins(name, dropout=0.3)
+    draws = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        draws.append(scores(ours))
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+    assert_same(scores(ours.eval()), scores(plain.eval()))
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "dense"])
+def test_dropout_probability(converted):
+    """An output of ones, dropped, then normed: what was kept comes out positive."""
+    ours = fuse(a_model(converted=converted, dropout=0.25))
+    layer = ours.bert.encoder.layer[0]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        for output in (layer.attention.output, layer.output):
+            output.dense.bias.fill_(1.0)
+            output.LayerNorm.weight.fill_(1.0)
+    residual = torch.zeros(1, 400, 24)
+    calls = (
+        lambda: layer.attention.output(residual, residual),
+        lambda: layer.feed_forward_chunk(residual),
+    )
+    for call in calls:
+        kept = (call() > 0).float().mean().item()
+        assert abs(kept - 0.75) < 0.02, "9600 draws: 4.5 standard deviations"
+    layer.eval()
+    for call in calls:
+        assert not call().any()
+    layer.output.dropout.train()  # Monte Carlo dropout: one module's own mode counts
+    assert calls[1]().any()
+    assert not calls[0]().any()
+
+
+def test_chunked_feed_forward(calls):
+    for name in ("bert", "distilbert"):
+        ours, plain = twins(name, chunk_size_feed_forward=7)
+        inputs = {"input_ids": IDS.view(1, 14)}
+        assert_same(gradients(ours, **inputs), gradients(plain, **inputs))
+    assert calls["ffn_norm"] == 4  # BERT's layer works on chunks, DistilBERT's half is chunked
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "gelu_python", F.gelu])
+def test_other_activations(name, activation, calls):
+    key = "activation" if name == "distilbert" else "hidden_act"
+    ours, plain = twins(name, **{key: activation} if isinstance(activation, str) else {})
+    if not isinstance(activation, str):
+        for module in (*ours.modules(), *plain.modules()):
+            for part in ("intermediate_act_fn", "activation"):
+                if part in module._modules:
+                    delattr(module, part)
+                    setattr(module, part, activation)
+    assert_same(gradients(ours), gradients(plain))
+    assert not calls["ffn_norm"]
+    assert calls["linear_norm"] + calls["residual_norm"] == 4
+
+
+def test_parametrised_and_subclassed_parts_stay_ordinary(calls):
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    class Shifted(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    ours, plain = twins()
+    for model in (ours, plain):
+        first, second = model.bert.encoder.layer
+        parametrize.register_parametrization(first.output.LayerNorm, "weight", Doubled())
+        second.attention.output.LayerNorm.__class__ = Shifted
+    assert_same(gradients(ours), gradients(plain))
+    assert calls == EMBEDDINGS + Counter({"qkv": 2, "linear_norm": 1, "ffn_norm": 1})
+
+
+def test_decoder(calls):
+    """A decoder's query, key and value meet a cache and stay ordinary; so does cross-attention."""
+    ours, plain = twins(head="CausalLM", is_decoder=True)
+    found, expected = (
+        m.eval().generate(IDS[:, :4], max_new_tokens=5, pad_token_id=0) for m in (ours, plain)
+    )
+    assert found.shape[1] > 4
+    assert torch.equal(found, expected)
+    encoder, cache = fuse(a_model()), transformers.DynamicCache()
+    encoder.bert.encoder.layer[0].attention.self(torch.randn(2, 7, 24), past_key_values=cache)
+    assert cache.get_seq_length() == 7
+    assert not calls["qkv"]
+    ours, plain = twins(head="CausalLM", is_decoder=True, add_cross_attention=True)
+    inputs = {**INPUTS, "encoder_hidden_states": torch.randn(2, 5, 24), "use_cache": False}
+    assert_same(gradients(ours, **inputs), gradients(plain, **inputs))
+    assert not calls["qkv"]
+    assert calls["ffn_norm"]
