@@ -197,8 +197,7 @@ class Taps:
                 continue
         raise DistillError(
             f"{type(base).__name__} has no module {' or '.join(map(repr, tried))}, named in its "
-            "TapMap. If its blocks were fused, undo that before training; another layout needs "
-            "another entry in kronbert.distill.taps.TAP_MAPS."
+            "TapMap. Another layout needs another entry in kronbert.distill.taps.TAP_MAPS."
         )
 
     @contextmanager
@@ -266,8 +265,7 @@ class Taps:
         if missing:
             raise DistillError(
                 f"{type(self.model).__name__}: the modules that give {', '.join(sorted(missing))} "
-                "were not called in the forward pass. If its blocks were fused or compiled, undo "
-                "that before training."
+                "were not called in the forward pass. Compile the model after training, not before."
             )
         captured.embedding = raw.get(("embedding", 0))
         for layer in self.layers:

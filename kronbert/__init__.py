@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from .errors import PlanError as PlanError
     from .errors import ReportError as ReportError
     from .errors import ShapeError as ShapeError
+    from .fusion import FusionReport as FusionReport
     from .fusion import fuse as fuse
     from .fusion import unfuse as unfuse
     from .head import KroneckerLMHead as KroneckerLMHead
     from .linear import KroneckerLinear as KroneckerLinear
+    from .losses import mlm_loss as mlm_loss
     from .planning import Plan as Plan
     from .reporting import Report as Report
     from .reporting import report as report
@@ -52,10 +54,12 @@ _HOME = {
     "PlanError": "errors",
     "ReportError": "errors",
     "ShapeError": "errors",
+    "FusionReport": "fusion",
     "fuse": "fusion",
     "unfuse": "fusion",
     "KroneckerLMHead": "head",
     "KroneckerLinear": "linear",
+    "mlm_loss": "losses",
     "Plan": "planning",
     "Report": "reporting",
     "report": "reporting",

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import KroneckerConfig
 from .embedding import KroneckerEmbedding
 from .errors import PlanError
+from .fusion import unfuse
 from .head import KroneckerLMHead
 from .inventory import inventory, swap
 from .linear import KroneckerLinear
@@ -149,7 +150,7 @@ def merge(model: nn.Module) -> nn.Module:
     if "" in new:
         return new[""]
     memo.update({id(found[name]): module for name, module in new.items()})
-    dense = copy.deepcopy(model, memo)
+    dense = unfuse(copy.deepcopy(model, memo))
     dense.__dict__.pop("kronecker_plan", None)
     if _saves(dense):
         from .hf import release

@@ -30,7 +30,7 @@ FOLD = 1.1
 others, and in a model of many layers none lies in cache when its turn comes. Without it k21's wide
 layer was folded in bfloat16, and the encoder 0.93 times as fast at 1,024 rows."""
 
-STAGE_US = 1.5
+STAGE_US = 4.0
 """Views and calls around a stage, beside its primitives: what decides at one row."""
 
 GROWTH = 1.0

@@ -1,9 +1,8 @@
-"""Losses that never hold what they compare: masked words without a (tokens x vocabulary) matrix,
-attention scores without a (tokens x tokens) one. Plain PyTorch, any device and dtype.
+"""The masked-word loss without a (tokens x vocabulary) matrix. Plain PyTorch, any device and dtype.
 
-Both compute their gradients beside the value and keep those alone for the backward pass. For masked
-words that saves the teacher's product over its vocabulary, the dearest of all, from being repeated;
-for scores it frees the teacher's queries and keys. Sums are float32, or float64 where that came in.
+Its gradients are computed beside the value and alone kept for the backward pass: the teacher's
+product over its vocabulary, the dearest of all, is not repeated. Sums are float32, or float64 where
+that came in.
 """
 
 from __future__ import annotations
@@ -187,103 +186,6 @@ def _chunk(
         values[1] += log_t.sub_(log_s).mul_(p).sum() * temperature**2
         found.append(log_s.exp_().sub_(p).mul_(temperature))
     return found
-
-
-def attention_score_loss(
-    q: Tensor,
-    k: Tensor,
-    teacher_q: Tensor,
-    teacher_k: Tensor,
-    mask: Tensor | None = None,
-    scaling: float | None = None,
-) -> Tensor:
-    """Mean square of ``scaling (q kᵀ - teacher_q teacher_kᵀ)`` over heads and unpadded (query, key)
-    pairs: KroneckerBERT's attention loss of one layer (Tahaei et al. 2022), before softmax.
-
-    q, k (batch, heads, tokens, d), the teacher's the same with its own d; mask (batch, tokens).
-    scaling: None is d ** -0.5, each model's own. The difference is one product L Rᵀ of stacked
-    matrices, and ||L Rᵀ||² = <LᵀL, RᵀR>, so a long sequence needs no (tokens, tokens) matrix; with
-    equal d the stack holds differences, so nothing cancels when the models agree. Raises
-    `ShapeError` for tensors that do not go together, other numbers of heads among them."""
-    if q.dim() != 4 or q.shape != k.shape or teacher_q.shape != teacher_k.shape:
-        raise ShapeError(
-            f"attention_score_loss: q {tuple(q.shape)}, k {tuple(k.shape)}, teacher's q "
-            f"{tuple(teacher_q.shape)}, k {tuple(teacher_k.shape)}: expected (batch, heads, tokens,"
-            " d), the same for q and k."
-        )
-    if q.shape[:3] != teacher_q.shape[:3]:
-        raise ShapeError(
-            f"attention_score_loss: student {tuple(q.shape)} and teacher {tuple(teacher_q.shape)} "
-            "differ in batch, heads or tokens. Take a student with as many heads."
-        )
-    if mask is not None and mask.shape != (q.shape[0], q.shape[2]):
-        raise ShapeError(
-            f"attention_score_loss: mask {tuple(mask.shape)}: expected (batch, tokens) = "
-            f"{(q.shape[0], q.shape[2])}."
-        )
-    return _Scores.apply(mask, scaling, q, k, teacher_q, teacher_k)
-
-
-class _Scores(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mask: Tensor | None, scaling: float | None, *inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return _Scores.compute(ctx, mask, scaling, *inputs)
-
-    @staticmethod
-    def compute(ctx: Any, mask: Tensor | None, scaling: float | None, *inputs: Tensor) -> Tensor:
-        dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
-        q, k, teacher_q, teacher_k = (x.to(dtype) for x in inputs)
-        d, teacher_d, tokens = q.shape[-1], teacher_q.shape[-1], q.shape[2]
-        scale, teacher_scale = (
-            size**-0.5 if scaling is None else scaling for size in (d, teacher_d)
-        )
-        alike = d == teacher_d
-        left = torch.cat((((q - teacher_q) if alike else q) * scale, teacher_q * teacher_scale), -1)
-        right = torch.cat((k, k - teacher_k if alike else -teacher_k), -1)
-        pairs: Tensor | int = max(1, q.shape[0] * tokens**2)
-        if mask is not None:
-            keep = mask.bool()
-            pairs = keep.sum(-1).square().sum().clamp(min=1)
-            left.masked_fill_(~keep[:, None, :, None], 0)
-            right.masked_fill_(~keep[:, None, :, None], 0)
-        needs = ctx.needs_input_grad[2:]
-        # Value and gradients: 3 products of tokens² (d + d) against 4 of tokens (d + d)².
-        direct = 3 * tokens <= 4 * (d + teacher_d)
-        if direct:
-            difference = left @ right.mT
-            total = difference.square().sum()
-        else:
-            left_gram, right_gram = left.mT @ left, right.mT @ right
-            total = (left_gram * right_gram).sum()
-        grads: list[Tensor | None] = [None] * 4
-        if any(needs):
-            if direct:
-                left, right = difference @ right, difference.mT @ left
-            else:
-                left, right = left @ right_gram, right @ left_gram
-            by_left = [left[..., :d] * (2 * scale), left[..., d:] * (2 * teacher_scale)]
-            by_right = [right[..., :d] * 2, right[..., d:] * 2]
-            if alike:
-                by_left[1] -= by_left[0]
-                by_right[0] += by_right[1]
-            # Not in float16: sums over all tokens, they may overflow.
-            kept = dtype if inputs[0].dtype == torch.float16 else inputs[0].dtype
-            for i, grad in enumerate((by_left[0], by_right[0], by_left[1], -by_right[1])):
-                grads[i] = grad.to(kept) if needs[i] else None
-        ctx.count = pairs * q.shape[1]
-        wanted = [x if need else None for x, need in zip(inputs, needs, strict=True)]
-        ctx.save_for_backward(*wanted, *grads)
-        return total / ctx.count
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        grads = [
-            None if grad is None else (grad * (slope / ctx.count)).to(x.dtype)
-            for grad, x in zip(saved, inputs, strict=True)
-        ]
-        return None, None, *_once(grads, [x for x in inputs if x is not None])
 
 
 def _once(grads: list[Tensor | None], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -313,6 +313,21 @@ def test_dtypes_take_turns(pick):
                 assert (y.double() - expected).abs().max() <= limit
 
 
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_packed_matrices_follow_changes(n, pick):
+    """In bfloat16, matrices of more than 32 x 32 are kept in oneDNN's layout."""
+    layer = KroneckerLinear(80, 99, KroneckerShape(33, 40, 3, 2), dtype=torch.bfloat16)
+    x = torch.randn(n, 80).bfloat16()
+    for _ in range(3):
+        with torch.no_grad():
+            expected = definition(layer, x)
+            limit = 0.02 * expected.abs().max()
+            for given in (x, x, x.T.contiguous().T):
+                assert (layer(given).double() - expected).abs().max() <= limit
+            layer.a.copy_(torch.randn_like(layer.a))
+            layer.b.neg_()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bias_is_added_at_any_number_of_rows(dtype, pick):
     layer = new(dtype=dtype)

@@ -143,6 +143,47 @@ def test_rounding_is_eagers(spec, dtype):
         assert error <= 2 * eager, f"{form}: off by {error:.2e}, eager by {eager:.2e}"
 
 
+@pytest.mark.parametrize("n", [1, 4, 5, 70])
+@pytest.mark.parametrize("spec", ["48x36*2x3", "2:3x2*40x64", "4:33x35*5x2", "40:96x1*1x80"])
+def test_packed_matrices_round_no_worse(spec, n, small_chunks):
+    shape = KroneckerShape.parse(spec)
+    a, b, bias = (t.bfloat16() for t in terms(shape))
+    x = rows(shape, n).bfloat16()
+    exact = reference.kron_linear(x.double(), a.double(), b.double(), bias.double())
+    eager = rms(reference.kron_linear(x, a, b, bias) - exact)
+    packed = 0
+    for form in forms_of(shape):
+        plain = forms.prepare(form, a, b)
+        matrices = forms.packed_all(form, plain, n)
+        packed += sum(matrix.is_mkldnn for matrix in matrices)
+        for given in (bias, None):
+            expected = exact if given is not None else exact - bias.double()
+            for run in (forms.run, forms.run_in_chunks):
+                error = rms(run(form, shape, x, matrices, given) - expected)
+                assert error <= 2 * eager, f"{form}: off by {error:.2e}, eager by {eager:.2e}"
+        out = torch.empty(n, shape.out_features, dtype=torch.bfloat16)
+        assert forms.run(form, shape, x, matrices, bias, out=out).data_ptr() == out.data_ptr()
+        assert rms(out - exact) <= 2 * eager
+    assert bool(packed) == forms._packs()
+
+
+def test_what_is_packed():
+    large = torch.randn(40, 64)
+    assert forms.packed(large, 5) is large
+    assert forms.packed(large.half(), 5).layout == torch.strided
+    narrow = torch.randn(16, 64).bfloat16()
+    assert forms.packed(narrow, 5) is narrow
+    if not forms._packs():
+        pytest.skip("oneDNN multiplies no bfloat16 on this processor")
+    for strided in (large.bfloat16(), torch.randn(64, 40).bfloat16().T):
+        packed = forms.packed(strided, 5)
+        assert packed.is_mkldnn
+        x = torch.randn(5, 64).bfloat16()
+        torch.testing.assert_close(
+            forms.plain_product(x, packed), torch.nn.functional.linear(x, strided)
+        )
+
+
 @pytest.mark.parametrize("spec", [*SPECS, *LOW_RANKS])
 def test_weight_is_the_definition(spec):
     a, b, _ = terms(KroneckerShape.parse(spec))

@@ -52,12 +52,30 @@ TABLE = {
     "decompose": Row(
         f"{SIZES} reference", outside="torch einops numpy", outside_lazily="scipy tensorly"
     ),
-    # The only door to the kernels, opened on CUDA.
-    "functional": Row(SIZES, lazily="kernels.*", outside="torch"),
-    "linear": Row(ARITHMETIC, outside="torch", outside_lazily="transformers"),
+    # The CPU engine. Its costs are arithmetic on a table: no torch of their own.
+    "forms": Row("shapes", outside="torch"),
+    "cpu_cost": Row(f"{SIZES} forms"),
+    "cpu_calibrate": Row("errors forms cpu_cost", lazily="latency", outside="torch"),
+    "cpu": Row("shapes forms cpu_cost cpu_calibrate", outside="torch"),
+    # The only doors to the kernels, opened on CUDA.
+    "op_linear": Row("errors", lazily="kernels.*", outside="torch"),
+    "op_norm": Row("errors", lazily="kernels.*", outside="torch"),
+    "op_embedding": Row("errors", lazily="kernels.*", outside="torch"),
+    "op_blocks": Row("shapes op_norm", lazily="kernels.*", outside="torch"),
+    "cuda": Row("shapes", lazily="op_*", outside="torch"),
+    "functional": Row(f"{SIZES} forms cpu cuda", outside="torch"),
+    "blocks": Row("forms cpu cuda functional", outside="torch"),
+    "losses": Row("errors functional", outside="torch"),
+    "linear": Row(f"{ARITHMETIC} cpu", outside="torch", outside_lazily="transformers"),
     "embedding": Row(f"{ARITHMETIC} linear", outside="torch"),
     "head": Row(f"{ARITHMETIC} linear embedding", outside="torch", outside_lazily="transformers"),
-    "fusion": Row(MODULES, outside="torch", outside_lazily="transformers"),
+    # A model's own blocks, fused: one file per family of transformers' models.
+    "fused_parts": Row("blocks linear embedding", outside="torch transformers"),
+    "fused_encoder": Row("blocks fused_parts", outside="torch transformers"),
+    "fused_bert": Row("fused_encoder", outside="transformers"),
+    "fused_distilbert": Row("blocks fused_parts", outside="torch transformers"),
+    "fused_modernbert": Row("fused_parts", outside="torch transformers"),
+    "fusion": Row("errors blocks", lazily="fused_*", outside="torch"),
     # Models.
     "inventory": Row(PLANNING, outside="torch transformers"),
     "hf": Row(
@@ -81,7 +99,7 @@ TABLE = {
         outside_lazily="rich",
     ),
     # At import only the hook; each public name is loaded from its home on first use.
-    "__init__": Row("errors hf_hook", lazily=f"{MODEL} conversion checkpoint reporting"),
+    "__init__": Row("errors hf_hook", lazily=f"{MODEL} losses conversion checkpoint reporting"),
     # Above the public names.
     "kernels.*": Row(f"{SIZES} kernels.*", outside="torch triton"),
     "distill.*": Row(
@@ -100,9 +118,14 @@ TABLE = {
         outside_lazily="transformers",
     ),
     "demo": Row("errors job job_models", lazily="distill.*", outside_lazily="huggingface_hub"),
+    # Measurements, run by hand.
+    "bench_results": Row("errors job_folder latency", outside="torch"),
+    "bench_models": Row("__init__ latency", outside="torch transformers"),
+    "bench_checks": Row("shapes presets reference functional blocks", outside="torch"),
+    "bench_gpu": Row("__init__ latency bench_results bench_models bench_checks", outside="torch"),
     "cli": Row(
         "__init__ errors job_folder",
-        lazily="__init__ planning job job_models demo distill.*",
+        lazily="__init__ planning presets cpu_cost cpu_calibrate job job_models demo distill.*",
         outside="rich typer",
         outside_lazily="torch transformers",
     ),
@@ -315,7 +338,15 @@ def test_every_import_is_declared():
             "def f():\n    import kronbert.kernels.linear",
             "kronbert.kernels.linear in a func",
         ),
-        ("functional", "from .kernels import linear", "imports kronbert.kernels at import"),
+        ("functional", "from .kernels import linear", "kronbert.kernels.linear at import"),
+        (
+            "functional",
+            "def f():\n    from .kernels import linear",
+            "kronbert.kernels.linear in a func",
+        ),
+        ("op_linear", "from .kernels.linear import x", "kronbert.kernels.linear at import"),
+        ("cpu_cost", "import torch", "imports torch at import"),
+        ("cpu", "from .functional import x", "imports kronbert.functional at import"),
         ("functional", "import kernels.linear", "imports kernels.linear at import"),
         ("conversion", "from .distill.tasks import x", "imports kronbert.distill.tasks at import"),
         ("distill.trainer", "from ..linear import x", "imports kronbert.linear at import"),

@@ -1,8 +1,7 @@
-"""Losses in pieces, beside their definitions in one piece in float64."""
+"""The masked-word loss in pieces, beside its definition in one piece in float64."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kronbert import reference
-from kronbert.distill.objectives import kl_logits, mse_scores
+from kronbert.distill.objectives import kl_logits
 from kronbert.errors import KronbertError, ShapeError
-from kronbert.losses import attention_score_loss, mlm_loss
+from kronbert.losses import mlm_loss
 
 ROWS, ENTRIES, TEACHER_WIDTH = 13, 30, 9
 KINDS: dict[str, Any] = {
@@ -222,10 +221,6 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(mlm_loss(**given)[0], given["h"], create_graph=True)
     with pytest.raises(KronbertError, match="no second derivative"):
         grad.sum().backward()
-    q, k, tq, tk = scores(5, 4, 4)
-    (grad,) = torch.autograd.grad(attention_score_loss(q, k, tq, tk), q, create_graph=True)
-    with pytest.raises(KronbertError, match="no second derivative"):
-        (grad + k).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -245,116 +240,3 @@ def test_a_second_derivative_is_refused():
 def test_mlm_loss_refuses(changes, said):
     with pytest.raises(ShapeError, match=said):
         mlm_loss(**{**words("1x5"), **changes})
-
-
-def scores(
-    tokens: int, d: int, teacher_d: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, ...]:
-    sizes = (d, d, teacher_d, teacher_d)
-    return tuple(torch.randn(2, 3, tokens, size, dtype=dtype, requires_grad=True) for size in sizes)
-
-
-def score_definition(q, k, teacher_q, teacher_k, mask=None, scaling=None) -> Tensor:
-    """From (tokens, tokens) matrices."""
-    one = scaling or 1 / math.sqrt(q.shape[-1])
-    two = scaling or 1 / math.sqrt(teacher_q.shape[-1])
-    square = (q @ k.mT * one - teacher_q @ teacher_k.mT * two).square()
-    if mask is None:
-        return square.mean()
-    pairs = (mask[:, None, :, None] & mask[:, None, None, :]).expand_as(square)
-    return square[pairs].sum() / max(1, pairs.sum())
-
-
-@pytest.mark.parametrize("tokens", [6, 40], ids=["direct", "Gram"])
-@pytest.mark.parametrize("teacher_d", [4, 7])
-@pytest.mark.parametrize("scaling", [None, 0.3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_score_loss_is_its_definition(tokens, teacher_d, scaling, masked):
-    given = scores(tokens, 4, teacher_d)
-    mask = None
-    if masked:
-        mask = torch.arange(tokens)[None] < torch.tensor([[tokens - 2], [tokens // 3]])
-    ours = attention_score_loss(*given, mask, scaling)
-    expected = score_definition(*given, mask, scaling)
-    torch.testing.assert_close(ours, expected)
-    found, true = (torch.autograd.grad(3 * loss, given) for loss in (ours, expected))
-    for one, two in zip(found, true, strict=True):
-        torch.testing.assert_close(one, two)
-    if scaling is None:  # the objective's own term
-        torch.testing.assert_close(ours.float(), mse_scores(*given, mask).float())
-
-
-@pytest.mark.parametrize("tokens", [5, 25])
-def test_attention_score_loss_gradcheck(tokens):
-    mask = torch.arange(tokens)[None] < torch.tensor([[tokens], [3]])
-    assert torch.autograd.gradcheck(
-        lambda *given: attention_score_loss(*given, mask.int()), scores(tokens, 4, 4)
-    )
-
-
-@pytest.mark.parametrize("tokens", [8, 60])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_score_loss_keeps_what_half_precision_came_in(tokens, dtype):
-    given = scores(tokens, 4, 4, dtype)
-    exact = [x.detach().double().requires_grad_() for x in given]
-    ours, true = attention_score_loss(*given), score_definition(*exact)
-    assert ours.dtype == torch.float32
-    assert ours.item() == pytest.approx(true.item(), rel=1e-5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(attention_score_loss(*given), ours)
-    found, expected = torch.autograd.grad(ours, given), torch.autograd.grad(true, exact)
-    for one, two in zip(found, expected, strict=True):
-        assert one.dtype == dtype
-        torch.testing.assert_close(one.double(), two, rtol=2e-2, atol=1e-4)
-
-
-def test_models_that_agree_have_no_loss():
-    """No cancellation: the difference is taken before the products."""
-    q, k, _, _ = (100 * x.detach() for x in scores(80, 4, 4, torch.float32))
-    assert attention_score_loss(q, k, q.clone(), k.clone()).item() == 0
-    near = attention_score_loss(q, k, q, k + 1e-3)
-    exact = score_definition(*(x.double() for x in (q, k, q, k + 1e-3)))
-    assert near.item() == pytest.approx(exact.item(), rel=1e-3)
-
-
-def test_attention_score_loss_never_holds_tokens_squared():
-    q, k, tq, tk = scores(200, 4, 4, torch.float32)
-    mask = torch.ones(2, 200, dtype=torch.bool)
-    with Largest() as largest:
-        loss = attention_score_loss(q, k, tq.detach(), tk.detach(), mask)
-        assert sum(x is not None for x in loss.grad_fn.saved_tensors) == 4  # no teacher
-        loss.backward()
-    assert (
-        largest.numbers == 2 * 3 * 200 * 8
-    )  # the stacked matrices; tokens squared: 2 * 3 * 40,000
-
-
-def test_what_is_padding_may_be_anything():
-    q, k, tq, tk = scores(40, 4, 4)
-    mask = torch.arange(40)[None] < torch.tensor([[40], [7]])
-    clean = attention_score_loss(q, k, tq, tk, mask)
-    with torch.no_grad():
-        k[1, :, 7:], tq[1, :, 7:] = math.nan, math.inf
-    assert torch.equal(attention_score_loss(q, k, tq, tk, mask), clean)
-    none = attention_score_loss(q, k, tq, tk, torch.zeros(2, 40, dtype=torch.bool))
-    assert none.item() == 0
-
-
-@pytest.mark.parametrize(
-    ("sizes", "said"),
-    [
-        (((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 5, 4), (2, 3, 5, 4)), "the same for q and k"),
-        (((2, 3, 5, 4),) * 2 + ((2, 6, 5, 4),) * 2, "differ in batch, heads or tokens"),
-        (((3, 5, 4),) * 4, r"expected \(batch, heads, tokens, d\)"),
-    ],
-)
-def test_attention_score_loss_refuses(sizes, said):
-    with pytest.raises(ShapeError, match=said):
-        attention_score_loss(*(torch.zeros(*size) for size in sizes))
-
-
-def test_attention_score_loss_refuses_a_mask_of_pairs():
-    with pytest.raises(
-        ShapeError, match=r"mask \(2, 5, 5\): expected \(batch, tokens\) = \(2, 5\)"
-    ):
-        attention_score_loss(*scores(5, 4, 4), torch.ones(2, 5, 5))
