@@ -38,7 +38,8 @@ TINY = 4
 
 def shape_of(a: Tensor, b: Tensor) -> KroneckerShape:
     """The shape of a (rank, a_out, a_in) and b (rank, b_out, b_in)."""
-    return KroneckerShape(a.shape[1], a.shape[2], b.shape[1], b.shape[2], a.shape[0])
+    sizes = (*a.shape[1:], *b.shape[1:], a.shape[0])
+    return KroneckerShape(*(int(size) for size in sizes))  # tensors, while torch.jit traces
 
 
 def kron_linear(x: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Tensor:

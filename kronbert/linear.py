@@ -40,6 +40,12 @@ class KroneckerTerms(nn.Module):
         cpu.forget(self.parameters(recurse=False))  # .to() and the like write through param.data
         return super()._apply(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        cpu.forget(
+            self.parameters(recurse=False)
+        )  # a parameter with weak references is not swapped
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def shapes(self) -> str:
         return " + ".join(str(shape) for shape in self.groups)

@@ -18,7 +18,7 @@ import kronbert
 from kronbert import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("plan", "convert", "compress", "evaluate", "report", "bench", "demo")
+COMMANDS = ("plan", "convert", "compress", "evaluate", "report", "bench", "calibrate", "demo")
 
 
 @pytest.fixture(autouse=True)

@@ -505,6 +505,18 @@ def test_other_dtypes_and_tensors_are_left_alone():
         assert cpu.in_place(x) is True
 
 
+@torch.no_grad()
+def test_subclasses_take_the_plain_path(warm, monkeypatch):
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.randn(5, 28)
+    monkeypatch.setattr(cpu.Kept, "holds", lambda *args: pytest.fail("asked what is kept"))
+    y = warm(x.as_subclass(Own))
+    assert type(y) is Own
+    is_right(warm, x, y.as_subclass(torch.Tensor))
+
+
 # Transformations and graphs take the plain path: nothing kept becomes a constant of theirs.
 
 
@@ -604,7 +616,6 @@ def test_make_fx_of_a_functional_call(warm):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
-@pytest.mark.xfail(raises=ShapeError, strict=True, reason="sizes are tensors while tracing")
 def test_jit_trace(warm):
     x = torch.randn(5, 28)
     traced = torch.jit.trace(warm, (x,))
