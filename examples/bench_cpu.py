@@ -238,7 +238,7 @@ def onnx_row(models: Models, batch: int, folder: Path, quick: bool) -> dict[str,
 
 def never_slower(quick: bool) -> Iterator[Case]:
     """Every distinct linear map of a model's plans at 1 to 16,384 rows, against `nn.Linear`."""
-    all_rows = (1, 64) if quick else (1, 4, 16, 64, 128, 256, 1024, 4096, 16384)
+    all_rows = (1, 64) if quick else (1, 4, 16, 128, 1024, 4096, 16384)
     for model, config in (("BERT-base", BertConfig()), ("MiniLM-L6", BertConfig(**MINILM))):
         for (out, inner), groups in planned_maps(config, quick):
             for dtype in ("fp32", "bf16"):
@@ -251,7 +251,7 @@ def never_slower(quick: bool) -> Iterator[Case]:
 def planned_maps(config: BertConfig, quick: bool) -> list[tuple[tuple[int, int], Groups]]:
     """(out, inner) and the groups of each different linear map in plans for this model."""
     wanted: list[dict[str, Any]] = [{"preset": name} for name in ("k5", "k8", "k21")]
-    wanted += [{"factor": factor} for factor in (2, 4, 8, 19)]
+    wanted += [{"factor": factor} for factor in (2, 8, 19)]
     found: dict[tuple[tuple[int, int], Groups], None] = {}
     for options in wanted[2:3] if quick else wanted:
         for layer in kronbert.plan(config, **options).converted:
@@ -272,7 +272,7 @@ def slower_row(groups: Groups, rows: int, dtype: str, quick: bool) -> dict[str, 
             return module(x)
 
     calls = {"nn.Linear": partial(run, dense), "kronbert": partial(run, ours)}
-    return timed_row(compare(calls, seconds=0.05 if quick else 0.4), "nn.Linear")
+    return timed_row(compare(calls, seconds=0.05 if quick else 0.15), "nn.Linear")
 
 
 PARTS: dict[str, Callable[[bool], Iterator[Case]]] = {
