@@ -296,12 +296,22 @@ def test_groups_are_weighed_together():
 
 
 def test_fresh_matrices_are_paid_for():
-    shape = KroneckerShape(10, 10, 10, 10)  # 200 numbers for 10 000; a fifth of the work
-    slow_mix = table(mix=1e-2, add=1e-1)
+    """In training a weight is multiplied out, and its gradient taken apart, at every product."""
+    shape = KroneckerShape(10, 10, 10, 10)
+    slow_mix = table(mix=9e-3)
     assert slow_mix.choose((shape,), 100) == (DENSE,)
-    (pick,) = slow_mix.choose((shape,), 100, fresh=True)
-    assert "mix" in pick
-    assert slow_mix.choose((low_rank(100, 100, 60),), 100, fresh=True) == (DENSE,)
+    assert slow_mix.choose((shape,), 100, fresh=True) == (DENSE,)  # 3 products pay for it
+    assert slow_mix.choose((shape,), 1) == (DENSE,)
+    (pick,) = slow_mix.choose((shape,), 1, fresh=True)
+    assert pick != DENSE
+
+
+def test_nothing_is_folded_in_training():
+    only_products = table(mix=1e3, turn=1e3)
+    shape = KroneckerShape(50, 2, 2, 50)
+    (pick,) = only_products.choose((shape,), 1000)
+    assert "fold" in pick
+    assert only_products.choose((shape,), 1000, fresh=True) == (DENSE,)
 
 
 # The tables that ship.
