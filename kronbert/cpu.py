@@ -73,8 +73,7 @@ class Kept:
         key = id(pairs[0][0])
         self.sources = [
             (weakref.ref(t, lambda _: _KEPT.pop(key, None)), t._version, t.data_ptr())
-            for pair in pairs
-            for t in pair
+            for t in (*(a for a, _ in pairs), *(b for _, b in pairs))
         ]
         self.bias = None if bias is None else weakref.ref(bias)
         self.dtype, self.inner = pairs[0][0].dtype, inner
@@ -82,18 +81,14 @@ class Kept:
 
     def holds(self, a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether the layer is the same and unchanged."""
-        if len(self.sources) != 2 * len(a) or len(a) != len(b):
+        tensors = (*a, *b)
+        if len(tensors) != len(self.sources) or len(a) != len(b):
             return False
         if bias is not (None if self.bias is None else self.bias()):
             return False
-        sources = iter(self.sources)
-        for pair in zip(a, b, strict=True):
-            for tensor in pair:
-                source, version, address = next(sources)
-                if source() is not tensor or tensor._version != version:
-                    return False
-                if tensor.data_ptr() != address:
-                    return False
+        for tensor, (source, version, address) in zip(tensors, self.sources, strict=True):
+            if source() is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
         return True
 
 
