@@ -231,14 +231,9 @@ def spilled(ptx: str, arch: int) -> int:
     if target is None or path is None:
         raise FileNotFoundError(f"no target in the PTX, or no {name}")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        said = subprocess.run(
-            [path, "-v", f"--gpu-name={target[1]}", file.name, "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
+        print(ptx, file=file, flush=True)
+        command = [path, "-v", f"--gpu-name={target[1]}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = re.search(r"(\d+) bytes spill stores", said)
     if found is None:
         raise ValueError(f"ptxas said nothing of spills:\n{said}")
@@ -285,13 +280,18 @@ def compile_launch(launch: Launch, arch: int) -> Result:
     )
 
 
-# Triton 3.7's ptxas stores 4 to 20 bytes in three launches of 56 to 168 registers, 3.9's none.
-FEW_BYTES = 32
+# Bytes that Triton 3.7's ptxas spills where 3.9's spills none, at 56 to 168 registers.
+KNOWN = {
+    ("_norm_backward_kernel", "residual_norm 768 p=0.1 bf16"): 4,
+    ("norm_backward_kernel", "embedding svd 64 float32"): 20,
+    ("small_big_kernel", "16x2*192x384 fp32"): 4,
+}
 
 
 def judge(launch: Launch, result: Result) -> str:
     """What is wrong with ``result``, or nothing."""
-    allowed = FEW_BYTES
+    found = (n for (k, c), n in KNOWN.items() if k == result.kernel and result.case.startswith(c))
+    allowed = next(found, 0)
     if launch.allowance is not None:
         if launch.dtypes != {"fp32"}:
             return "only a float32 launch may be allowed spills: remove its Allowance"
