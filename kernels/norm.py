@@ -104,6 +104,7 @@ def _norm_kernel(
 @triton.jit
 def _norm_backward_kernel(
     dy,
+    added,
     total,
     mean,
     rstd,
@@ -164,6 +165,9 @@ def _norm_backward_kernel(
             mask = (rows < n)[:, None] & (cols < width)[None, :]
             pull = pulls[c] - plain[:, None] / width - hats[c] * (along[:, None] / width)
             pull = tl.where(mask, pull * inverse, 0.0)
+            if added is not None:
+                at = added + base + cols[None, :]
+                pull += tl.load(at, mask=mask, other=0).to(tl.float32)
             if dtotal is not None:
                 at = dtotal + base + cols[None, :]
                 tl.store(at, pull.to(dy.dtype.element_ty), mask=mask)
@@ -205,13 +209,14 @@ def residual_norm(
     p: float = 0.0,
     seed: Tensor | None = None,
     keep: bool = False,
+    total: bool = False,
 ) -> Normed:
     """``LN(residual + dropout(x + shift)) * weight + bias`` over rows: x, residual (n, width).
 
     weight, bias, shift (width); shift is the bias of the linear map that x left out. p: dropout's
     probability, seed: int64 of one element on x's device. keep: store what backward reads, but for
-    a total that would be x. Defined by `torch.nn.functional.layer_norm`. Raises `ShapeError` for
-    rows wider than 4,096."""
+    a total that would be x. total: store the sum though nothing is kept. Defined by
+    `torch.nn.functional.layer_norm`. Raises `ShapeError` for rows wider than 4,096."""
     check_norm("residual_norm", x, residual, weight, bias)
     n, width = x.shape
     require_size("residual_norm", (width,), shift=shift)
@@ -220,6 +225,8 @@ def residual_norm(
     out = new_normed(x, width, keep)
     if residual is None and shift is None and p == 0:
         out = out._replace(total=None)
+    elif total and not keep:
+        out = out._replace(total=torch.empty_like(out.y))
     if n == 0:
         return out
     size = tile(width)
@@ -252,6 +259,7 @@ def residual_norm_backward(
     rstd: Tensor,
     weight: Tensor,
     *,
+    added: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
     has_bias: bool = True,
@@ -260,15 +268,23 @@ def residual_norm_backward(
 ) -> NormGradients:
     """Gradients of `residual_norm` from what it kept; dy, total (n, width), mean, rstd (n,).
 
-    The same p and seed drop the same places. Column sums are added up in fp32 in two stages, in an
+    added (n, width): the gradient of the sum itself, where forward gave it out. The same p and seed
+    drop the same places. Column sums are added up in fp32 in two stages, in an
     order that depends on n and width alone. has_*: whether forward was given it."""
     require_rows(
-        "residual_norm_backward", dy=dy, total=total, mean=mean, rstd=rstd, weight=weight, seed=seed
+        "residual_norm_backward",
+        dy=dy,
+        added=added,
+        total=total,
+        mean=mean,
+        rstd=rstd,
+        weight=weight,
+        seed=seed,
     )
     n, width = dy.shape
-    require_size("residual_norm_backward", (n, width), total=total)
+    require_size("residual_norm_backward", (n, width), added=added, total=total)
     require_size("residual_norm_backward", (width,), weight=weight)
-    require_dtype("residual_norm_backward", dy=dy, total=total)
+    require_dtype("residual_norm_backward", dy=dy, added=added, total=total)
     drop = dropout("residual_norm_backward", p, seed)
     dx = torch.empty_like(dy)
     dtotal = torch.empty_like(dy) if has_residual and p > 0 else None
@@ -279,6 +295,7 @@ def residual_norm_backward(
         with torch.cuda.device_of(dy):
             _norm_backward_kernel[(programs,)](
                 dy,
+                added,
                 total,
                 mean,
                 rstd,

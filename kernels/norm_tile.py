@@ -92,12 +92,12 @@ def require_size(op: str, size: tuple[int, ...], **tensors: Tensor | None) -> No
 
 
 @triton.jit
-def kept(seed, rows, width, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """24 random bits for each of rows (m,) and columns FIRST and on: (m, BLOCK) of int32.
+def kept(seed, rows, width, first, BLOCK: tl.constexpr):
+    """24 random bits for each of rows (m,) and columns ``first`` and on: (m, BLOCK) of int32.
 
-    One Philox call gives four neighbouring columns, so FIRST and BLOCK are multiples of 4. The
+    One Philox call gives four neighbouring columns, so first and BLOCK are multiples of 4. The
     bits depend on seed, row and column alone: every kernel and tile size meets the same mask."""
-    quads = FIRST // 4 + tl.arange(0, BLOCK // 4)
+    quads = first // 4 + tl.arange(0, BLOCK // 4)
     at = rows.to(tl.int64)[:, None] * ((width + 3) // 4) + quads[None, :]
     low = (at & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0

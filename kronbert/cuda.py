@@ -64,6 +64,13 @@ def residual_norm(x: Tensor, residual: Tensor | None, norm: Norm, dropout: float
     return op_norm.residual_norm(x, residual, *norm, p=dropout, seed=_seed(x, dropout))
 
 
+def add_norm(x: Tensor, residual: Tensor, norm: Norm, dropout: float) -> tuple[Tensor, Tensor]:
+    """``residual + dropout(x)`` and its LN."""
+    from . import op_add_norm
+
+    return op_add_norm.add_norm(x, residual, *norm, p=dropout, seed=_seed(x, dropout))
+
+
 def linear_norm(
     x: Tensor, pairs: Pairs, bias: Tensor | None, residual: Tensor, norm: Norm, dropout: float
 ) -> Tensor:
@@ -103,6 +110,14 @@ def expand_gelu(x: Tensor, pairs: Pairs, bias: Tensor | None, gelu: Gelu) -> Ten
 
     a, b = [a for a, _ in pairs], [b for _, b in pairs]
     return op_linear.kron_linear(x, a, b, bias, activation_of(x, gelu))
+
+
+def gated(pair: Tensor, gelu: Gelu, dropout: float) -> Tensor:
+    """``dropout(gelu(u) * g)``, u and g the halves of pair (..., 2 * hidden)."""
+    from . import op_gated
+
+    activation, seed = activation_of(pair, gelu), _seed(pair, dropout)
+    return op_gated.gated(pair, activation=activation, p=dropout, seed=seed)
 
 
 def embed_norm(

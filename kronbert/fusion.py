@@ -36,12 +36,13 @@ class FusionReport:
 def fuse(model: nn.Module, *, gelu: Gelu = "exact") -> nn.Module:
     """Let the blocks of ``model`` compute in fused calls; in place, returns it.
 
-    For BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT and ModernBERT, converted or dense. Same
-    modules, parameters, state_dict and signatures, training included; a saved model is an ordinary
-    one. A block whose inner modules carry hooks, or are not of the types fused here (an adapter, a
-    quantised layer, another activation), runs its ordinary forward. gelu: "fast" lets kernels take
-    a form within 1e-3 of erf. Fusing again switches it. Raises `NoMatchError` for a model without
-    a block to fuse."""
+    For BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT and ModernBERT, converted or dense; of a
+    ModernBERT layer the feed-forward half, where converted, and its LayerNorm with the sum before
+    it. Same modules, parameters, state_dict and signatures, training included; a saved model is an
+    ordinary one. A block whose inner modules carry hooks, or are not of the types fused here (an
+    adapter, a quantised layer, another activation), runs its ordinary forward. gelu: "fast" lets
+    kernels take a form within 1e-3 of erf. Fusing again switches it. Raises `NoMatchError` for a
+    model without a block to fuse."""
     if gelu not in get_args(Gelu):
         raise PlanError(
             f"fuse(gelu={gelu!r}): expected 'exact' (erf) or 'fast' (within 1e-3 of it, for half "

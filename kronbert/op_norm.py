@@ -1,6 +1,6 @@
 """``kronbert::residual_norm`` as a PyTorch op, and what the ops of fused layers share.
 
-The op runs the Triton kernels on rows (n, width), its backward is an op of its own; the function
+An op runs the Triton kernels on rows (n, width), its backward is an op of its own; the function
 takes any leading dimensions and decides what is kept for backward. Under autocast every float
 operand is cast and the result is in the autocast dtype. Dropout draws from ``seed``, an int64
 tensor of one element on x's device: drawn anew by the caller with `torch.randint`, it follows
@@ -182,14 +182,15 @@ def require_kept(op: str, keep: bool) -> None:
     if not keep:
         raise KronbertError(
             f"kronbert::{op}: a gradient was asked for with keep=False. Call "
-            f"kronbert.op_blocks.{op}, or pass keep=True, or use torch.no_grad()."
+            f"kronbert.blocks.{op}, or pass keep=True, or use torch.no_grad()."
         )
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
     raise KronbertError(
-        "residual_norm, linear_norm, ffn_norm: no second derivative: the fused kernels have a "
-        "first one only. Differentiate twice on a model after kronbert.unfuse(model)."
+        "residual_norm, add_norm, linear_norm, ffn_norm, gated: no second derivative: the fused "
+        "kernels have a first one only. Differentiate twice on a model after "
+        "kronbert.unfuse(model)."
     )
 
 
@@ -217,12 +218,20 @@ _LIBRARY = torch.library.Library("kronbert", "FRAGMENT")  # its registrations en
 
 
 def register(
-    name: str, op: Any, gradients: Callable[..., Any], setup: Callable[..., Any], backward: Any
+    name: str,
+    op: Any,
+    gradients: Callable[..., Any],
+    setup: Callable[..., Any],
+    backward: Any,
+    *,
+    autocast: bool = True,
 ) -> None:
-    """Give ``kronbert::<name>`` its autograd and autocast; its backward op refuses a second one."""
+    """Give ``kronbert::<name>`` its autograd and autocast; its backward op refuses a second one.
+
+    autocast False: the operands keep their dtype."""
     op.register_autograd(gradients, setup_context=setup)
     backward.register_autograd(_refuse)
-    for device in ("cuda", "cpu"):
+    for device in ("cuda", "cpu") if autocast else ():
         # Not register_autocast: that takes one dtype, autocast's own is float16 or bfloat16.
         _LIBRARY.impl(name, _autocast(op, device), f"Autocast{device.upper()}")
 

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FILES = ("test_kernel_linear.py", "test_kernel_blocks.py", "test_kernel_embedding.py")
+FILES = (
+    "test_kernel_linear.py",
+    "test_kernel_blocks.py",
+    "test_kernel_gated.py",
+    "test_kernel_embedding.py",
+)
 
 
 @pytest.mark.gpu
