@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from .config import KroneckerConfig
+from .data_init import calibration_batches, fit_to_data
 from .embedding import KroneckerEmbedding
 from .errors import PlanError
 from .fusion import unfuse
@@ -68,12 +69,19 @@ def convert(
     config: KroneckerConfig | None = None,
     plan: Plan | None = None,
     inplace: bool = False,
+    init: Literal["weights", "data"] = "weights",
+    calibration: Iterable[Any] | None = None,
 ) -> nn.Module:
     """A student of ``model`` whose planned layers are the nearest sums of Kronecker products.
 
     The teacher stays untouched (inplace=True reuses its modules instead of copying the dense
     ones). plan: one made, and perhaps edited, before. The student's plan, with the relative error
-    of every fit, is its ``kronecker_plan``. Raises before anything is changed."""
+    of every fit, is its ``kronecker_plan``. Raises before anything is changed.
+
+    init: nearest to what, the weights, or the teacher's outputs on ``calibration``: batches of
+    model inputs, dicts of tensors or single ones; positions whose attention_mask is 0 do not count.
+    The output errors of both are then the student's ``data_fit``, a `FitReport`."""
+    batches = calibration_batches(init, calibration)
     _check_model(model)
     sizes = inventory(model)
     if plan is None:
@@ -104,6 +112,7 @@ def convert(
             new[name].bias = bias if inplace else copy.deepcopy(bias, memo)
     plan = plan.with_errors(errors)
     stored = _stored(model, plan)
+    fitted = None if batches is None else fit_to_data(model, new, plan, batches)
     if "" in new:
         student = new[""]
     elif inplace:
@@ -113,6 +122,8 @@ def convert(
         memo.update({id(modules[name]): module for name, module in new.items()})
         student = copy.deepcopy(model, memo)
     student.kronecker_plan = plan  # type: ignore[assignment]
+    if fitted is not None:
+        student.data_fit = fitted  # type: ignore[assignment]
     if stored is not None:
         from .hf import untie
 
@@ -151,7 +162,8 @@ def merge(model: nn.Module) -> nn.Module:
         return new[""]
     memo.update({id(found[name]): module for name, module in new.items()})
     dense = unfuse(copy.deepcopy(model, memo))
-    dense.__dict__.pop("kronecker_plan", None)
+    for name in ("kronecker_plan", "data_fit"):
+        dense.__dict__.pop(name, None)
     if _saves(dense):
         from .hf import release
 
