@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .reporting import Report as Report
     from .reporting import report as report
     from .shapes import KroneckerShape as KroneckerShape
+    from .shipped import list_students as list_students
+    from .shipped import shipped_path as shipped_path
 
 __version__ = "0.1.0"
 
@@ -64,6 +66,8 @@ _HOME = {
     "Report": "reporting",
     "report": "reporting",
     "KroneckerShape": "shapes",
+    "list_students": "shipped",
+    "shipped_path": "shipped",
 }
 
 __all__ = sorted(_HOME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from .errors import CheckpointError
 from .hf import METHOD
+from .shipped import find_shipped, is_shipped_name, known_students
 
 HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 """Arguments that say which files of a repository are meant: for the config as for the weights."""
@@ -17,10 +19,13 @@ HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force
 def load(folder: str | Path, **kwargs: Any) -> nn.Module:
     """The student in ``folder`` (or of a hub name), built with the class that saved it.
 
-    Unlike the Auto classes it refuses a checkpoint with missing, unexpected or misshapen tensors.
-    kwargs go to `from_pretrained` (dtype, device_map, ...). Raises `CheckpointError`."""
+    "kronbert/NAME" is looked for as `shipped_path` does, then on the hub. Unlike the Auto classes
+    it refuses a checkpoint with missing, unexpected or misshapen tensors; a model that was saved
+    without a pooler is built without one. kwargs go to `from_pretrained` (dtype, device_map, ...).
+    Raises `CheckpointError`."""
     import transformers
 
+    name, folder = folder, find_shipped(folder) or folder
     path = Path(folder, kwargs.get("subfolder", ""))
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(
@@ -30,6 +35,11 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **hub)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(name, str) and folder is name and is_shipped_name(name):
+            raise CheckpointError(
+                f"{name!r}: no student of that name here, and the hub does not give it. "
+                f"{known_students(name)}"
+            ) from error
         raise CheckpointError(
             f"{folder}: config.json cannot be read ({error}). Give the folder that save_pretrained "
             "wrote, or a hub name while online."
@@ -50,6 +60,11 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
         )
     try:
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+        bare = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+        missing = info["missing_keys"]
+        if missing and bare and all("pooler." in key for key in missing):
+            kwargs["add_pooling_layer"] = False
+            model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     except CheckpointError:
         raise
     except (OSError, RuntimeError) as error:

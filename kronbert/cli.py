@@ -1,4 +1,4 @@
-"""The command line: plan, convert, compress, evaluate, report, bench, calibrate and demo."""
+"""The command line: plan, convert, compress, evaluate, report, bench, calibrate, demo; students."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_options import (
+    DataDir,
+    Factor,
+    Keep,
+    LabelColumn,
+    Model,
+    Preset,
+    Rules,
+    TextColumn,
+    parse_rules,
+)
+from .cli_students import pretrain_student, students
 from .errors import DataError, KronbertError, PlanError
 from .job_folder import writable
 
@@ -23,24 +35,6 @@ app = typer.Typer(
     help="Transformer encoders 8 to 20 times smaller, as sums of Kronecker products.",
 )
 out = Console()
-
-Model = Annotated[str, typer.Argument(help="hub name, or a folder with config.json")]
-Factor = Annotated[
-    float | None, typer.Option(help="parameters before / after, whole model; 19 = 19 times smaller")
-]
-Preset = Annotated[str | None, typer.Option(help="the paper's shapes: k5, k8, k19 or k21")]
-Rules = Annotated[
-    list[str] | None,
-    typer.Option("--rule", help="NAME=VALUE, VALUE: dense, 384x48*2x16, rank:4 or factor:8"),
-]
-Keep = Annotated[list[str] | None, typer.Option(help="pattern of names that stay dense")]
-DataDir = Annotated[
-    str | None, typer.Option(help="folder with GLUE's TSV files, TASK/train.tsv; else the hub")
-]
-TextColumn = Annotated[
-    list[str] | None, typer.Option(help="of a folder of tables; twice for pairs")
-]
-LabelColumn = Annotated[str | None, typer.Option(help="of a folder of tables")]
 
 
 @app.command()
@@ -118,6 +112,13 @@ def compress(
     data_dir: DataDir = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="start from this pretrain-student's folder or name; default: one of `kronbert "
+            "students` that suits; 'none': start from the teacher's weights"
+        ),
+    ] = None,
     stage1_text: Annotated[
         str | None, typer.Option(help="general text for stage 1: a file, or a hub data set")
     ] = None,
@@ -147,6 +148,7 @@ def compress(
         data_dir=data_dir,
         text_columns=tuple(text_column) if text_column else None,
         label_column=label_column,
+        student=student,
         stage1_text=stage1_text,
         stage1_words=stage1_words,
         stage1_epochs=stage1_epochs,
@@ -296,6 +298,10 @@ def demo(
     finish(run_demo(output, data_dir, factor, seed, out.print), output)
 
 
+app.command("pretrain-student")(pretrain_student)
+app.command("students")(students)
+
+
 def finish(content: dict[str, Any], output: str) -> None:
     scores, metric = content["scores"], content["task"]["primary"]
     first = next(iter(scores["student"]))
@@ -352,31 +358,9 @@ def copy_tokenizer(model: str, output: Path) -> None:
         out.print(f"{model} has no tokenizer: none is copied.")
 
 
-def parse_rules(rules: list[str] | None) -> dict[str, Any] | None:
-    """NAME=VALUE pairs as `KroneckerConfig` takes them."""
-    if not rules:
-        return None
-    parsed: dict[str, Any] = {}
-    for text in rules:
-        name, equals, value = text.rpartition("=")
-        if not equals:
-            raise PlanError(
-                f"--rule {text!r}: expected NAME=VALUE, for example 're:.*query=dense'."
-            )
-        key, colon, number = value.partition(":")
-        if colon and key in ("rank", "factor"):
-            try:
-                parsed[name] = {key: int(number) if key == "rank" else float(number)}
-            except ValueError as error:
-                raise PlanError(f"--rule {text!r}: {number!r} is no number.") from error
-        else:
-            parsed[name] = value
-    return parsed
-
-
 def main() -> None:
     """Entry point of the ``kronbert`` command: errors of ours are one message, not a traceback."""
-    if len(sys.argv) > 1 and sys.argv[1] in ("compress", "demo"):
+    if len(sys.argv) > 1 and sys.argv[1] in ("compress", "demo", "pretrain-student"):
         # Read when torch is loaded. GNU OpenMP's threads spin while they wait; beside other work on
         # the same cores (2 of an AVX512 server, load 4) a step of MiniLM, 32 x 16 tokens, took
         # 1.7 to 9 s so, and 0.46 s with this.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
-from .config import Rule, check_factor
-from .errors import DataError, DistillError, PlanError, near
+from .config import Rule
+from .errors import DataError, DistillError
 from .job_folder import JobFolder, Say
 from .job_models import (
     check_finite,
@@ -24,59 +23,10 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
+from .job_settings import CompressSettings
+from .job_start import Start, find_start, put_body, student_from
 
 __all__ = ["CompressSettings", "compress", "open_data", "open_teacher"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressSettings:
-    """What `kronbert compress` is asked for.
-
-    model: hub name or folder, with a task head fine-tuned for the task or without one. task: a GLUE
-    name or a folder of tables. factor or preset: as in `kronbert.convert`. None: the recipe's value
-    (KroneckerBERT), or, for the teacher, 1e-4 below 512 hidden units and 3e-5 from there on."""
-
-    model: str
-    task: str
-    output: str
-    factor: float | None = None
-    preset: str | None = None
-    data_dir: str | None = None
-    text_columns: tuple[str, ...] | None = None
-    label_column: str | None = None
-    stage1_text: str | None = None
-    stage1_words: int | None = None
-    stage1_epochs: float | None = None
-    stage1_learning_rate: float | None = None
-    epochs: float | None = None
-    learning_rate: float | None = None
-    batch_size: int | None = None
-    max_length: int | None = None
-    teacher_epochs: float = 3
-    teacher_learning_rate: float | None = None
-    precision: str = "auto"
-    limit: int | None = None
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if (self.factor is None) == (self.preset is None):
-            raise PlanError("compress: expected factor= or preset=, one of them. Try --factor 8.")
-        if self.factor is not None:
-            check_factor(self.factor, "compress")
-        if self.stage1_text is None:
-            for key in ("stage1_words", "stage1_epochs", "stage1_learning_rate"):
-                if getattr(self, key) is not None:
-                    raise PlanError(f"compress: {key}= without stage1_text=, the text to learn.")
-        if self.text_columns is not None:
-            object.__setattr__(self, "text_columns", tuple(self.text_columns))
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CompressSettings:
-        known = tuple(field.name for field in fields(cls))
-        for key in data:
-            if key not in known:
-                raise PlanError(f"compress settings: unknown key {key!r}. {near(key, known)}")
-        return cls(**data)
 
 
 def open_data(
@@ -150,6 +100,8 @@ class _Job:
         self.rows = tokenize(self.data, self.tokenizer, self.on_task.max_length)
         if settings.stage1_text and not folder.done("stage1"):
             _ = self.blocks
+        if not folder.began():
+            folder.state["start"] = self._choose_start()
         sizes = {name: len(rows) for name, rows in self.data.validation.items()}
         folder.begin(f"{self.data.source}; {len(self.data.train)} train, {sizes}")
 
@@ -235,6 +187,12 @@ class _Job:
         if settings.stage1_text:
             what = f"2/4 stage 1: general text {settings.stage1_text}"
             folder.step("stage1", what, self._stage1)
+        elif self.start is not None:
+            what = (
+                f"2/4 starting from {self.start.name}, {self.start.factor:.2f} times smaller "
+                f"(its teacher's word embeddings: cosine {self.start.cosine:.4f})"
+            )
+            folder.step("stage1", what, self._take_student)
         folder.step("task", f"3/4 stage 2: distilling on {self.task.name}", self._distil)
         folder.step("report", "4/4 report", self._report)
 
@@ -302,19 +260,35 @@ class _Job:
         learner = convert(general, rules=rules, keep=())
         history = self._train(learner, general, self.general, self.blocks, "stage1")
         body: dict[str, Any] = learner.base_model.state_dict()  # type: ignore[union-attr]
-        left = student.base_model.load_state_dict(body, strict=False)
-        if left.unexpected_keys:
-            raise DistillError(
-                f"{self.settings.model}: its masked LM has {left.unexpected_keys[0]!r}, which the "
-                "task's model does not. Give the encoder without its head."
-            )
+        put_body(student, body, self.settings.model)
         return history
+
+    def _choose_start(self) -> dict[str, Any] | None:
+        """Chosen once, before anything is trained, and kept when the run is resumed."""
+        settings = self.settings
+        if settings.stage1_text is not None or self.dense is None:
+            return None
+        found = find_start(settings.student, self.dense[0], self.tokenizer, **self.wanted)
+        return None if found is None else asdict(found)
+
+    @property
+    def start(self) -> Start | None:
+        chosen = self.folder.state.get("start")
+        return None if chosen is None else Start(**chosen)
+
+    def _take_student(self) -> dict[str, Any]:
+        start = self.start
+        assert start is not None  # whoever asks has looked
+        student = student_from(start, self._saved("teacher"), **self.wanted)
+        check_finite(student, start.name, "Use an intact student, or --student none.")
+        self.folder.save_model(student, self.tokenizer, "stage1")
+        return {"history": [], "start": {"name": start.name, "cosine": start.cosine}}
 
     def _distil(self) -> dict[str, Any]:
         from .conversion import convert
 
         teacher = self._saved("teacher")
-        if self.settings.stage1_text:
+        if self.folder.done("stage1"):
             student = self._saved("stage1")
         else:
             student = convert(teacher, **self.wanted)

@@ -73,6 +73,10 @@ class JobFolder:
         self.state["data"] = data
         self._write()
 
+    def began(self) -> bool:
+        """Whether `begin` was called, in this process or in an interrupted one."""
+        return self.state["data"] is not None
+
     def _write(self) -> None:
         write_whole(self.file, json.dumps(self.state, indent=1) + "\n")
 
@@ -110,11 +114,11 @@ class JobFolder:
                 "needed for checkpoints. Free some space or choose another --output."
             )
 
-    def save_model(self, model: Any, tokenizer: Any, name: str) -> None:
-        """``name/`` as a whole or not at all."""
+    def save_model(self, model: Any, tokenizer: Any, name: str, **how: Any) -> None:
+        """``name/`` as a whole or not at all; how: more for `save_pretrained`."""
         scratch, final = self.path / f".{name}.part", self.path / name
         shutil.rmtree(scratch, ignore_errors=True)
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, **how)
         tokenizer.save_pretrained(scratch)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(scratch, final)

@@ -76,6 +76,28 @@ def open_model(name: str) -> Any:
     return open_pretrained(getattr(transformers, saved_as, transformers.AutoModel), name)
 
 
+def open_encoder(name: str, *, masked: bool = False) -> Any:
+    """The encoder without a task's head: with its masked-LM head, or with the pooler it was saved
+    with, if any. `DistillError` where a weight is missing from the checkpoint."""
+    import inspect
+
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    auto: Any = AutoModelForMaskedLM if masked else AutoModel
+    with quiet():
+        model, loaded = open_pretrained(auto, name, output_loading_info=True)
+        missing = sorted(loaded["missing_keys"])
+        bare = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+        if missing and bare and all("pooler." in key for key in missing):
+            return open_pretrained(auto, name, add_pooling_layer=False)
+    if missing:
+        raise DistillError(
+            f"{name}: without {', '.join(missing[:3])}, which would be random numbers. Give a "
+            "complete checkpoint."
+        )
+    return model
+
+
 def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
     """(model with a head for ``task``, whether it is fine-tuned already).
 

@@ -45,6 +45,7 @@ def write_report(
         "metric": f"{first} {task.primary}",
         "retention": student_score / teacher_score if teacher_score else None,
         "seconds": {name: step["seconds"] for name, step in steps.items()},
+        "start": steps.get("stage1", {}).get("start"),
         "stages": {name: step["stage"] for name, step in steps.items() if "stage" in step},
         "measured": measured.to_json(),
         "history": {name: step["history"] for name, step in steps.items()},
@@ -116,9 +117,11 @@ def _markdown(
         + " |",
         "|---|" + "---|" * (len(content["scores"]["student"]) * len(task.metrics)),
     ]  # fmt: skip
-    before = (
-        "student, after stage 1" if "stage1" in content["stages"] else "student, converted only"
-    )
+    before = "student, converted only"
+    if content["start"]:
+        before = f"student, from {content['start']['name']}"
+    elif "stage1" in content["stages"]:
+        before = "student, after stage 1"
     for name, title in (
         ("teacher", "teacher"),
         ("student_before_distillation", before),

@@ -76,12 +76,13 @@ def learning_curve(
     *,
     metric: str | None = None,
     teacher_score: float | None = None,
+    text: str = "training",
 ) -> None:
     """Losses per term and the dev score against training steps.
 
     history: as `transformers.Trainer` logs it (``state.log_history``). metric: what ``eval_*`` to
     draw, by default the first that is no loss or speed; scores are fractions, drawn times 100.
-    Without any evaluation only the losses are drawn. Raises `DataError` when there is nothing."""
+    text: whose losses. Without evaluations only they are drawn; `DataError` without either."""
     losses = _losses(history)
     scored = [row for row in history if any(key.startswith("eval_") for key in row)]
     metric = _metric(scored, metric)
@@ -97,7 +98,7 @@ def learning_curve(
     with _picture(path, height=2.9 * panels + 0.4) as figure:
         axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
         if losses:
-            _draw_losses(axes[0], losses)
+            _draw_losses(axes[0], losses, text)
         if scores:
             _draw_scores(axes[-1], scores, metric or "", teacher_score)
         axes[-1].set_xlabel("training step")
@@ -222,7 +223,7 @@ def _metric(scored: Sequence[Mapping[str, Any]], metric: str | None) -> str | No
     return metric
 
 
-def _draw_losses(axes: Axes, losses: Mapping[str, list[tuple[int, float]]]) -> None:
+def _draw_losses(axes: Axes, losses: Mapping[str, list[tuple[int, float]]], text: str) -> None:
     for index, (term, curve) in enumerate(losses.items()):
         colour, marker = _style(index)
         axes.plot(
@@ -238,7 +239,7 @@ def _draw_losses(axes: Axes, losses: Mapping[str, list[tuple[int, float]]]) -> N
     axes.set_yscale("log")
     decades = log10(max(values) / min(values))
     _plain_log(axes.yaxis, (1,) if decades > 3 else (1, 2, 5) if decades > 0.5 else range(1, 10))
-    axes.set_ylabel("training loss (log scale)")
+    axes.set_ylabel(f"{text} loss (log scale)")
     axes.set_title("Loss, each term before its weight" if len(losses) > 1 else "Loss")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

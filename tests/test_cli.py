@@ -18,7 +18,8 @@ import kronbert
 from kronbert import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("plan", "convert", "compress", "evaluate", "report", "bench", "calibrate", "demo")
+COMMANDS = ("plan", "convert", "compress", "evaluate", "report", "bench", "calibrate", "demo",
+            "pretrain-student", "students")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,68 @@
+"""What `kronbert compress` is asked for, checked before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .config import check_factor
+from .errors import PlanError, near
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings:
+    """What `kronbert compress` is asked for.
+
+    model: hub name or folder, with a task head fine-tuned for the task or without one. task: a GLUE
+    name or a folder of tables. factor or preset: as in `kronbert.convert`. None: the recipe's value
+    (KroneckerBERT), or, for the teacher, 1e-4 below 512 hidden units and 3e-5 from there on.
+    student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it."""
+
+    model: str
+    task: str
+    output: str
+    factor: float | None = None
+    preset: str | None = None
+    data_dir: str | None = None
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+    stage1_text: str | None = None
+    stage1_words: int | None = None
+    stage1_epochs: float | None = None
+    stage1_learning_rate: float | None = None
+    epochs: float | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    max_length: int | None = None
+    student: str | None = None
+    teacher_epochs: float = 3
+    teacher_learning_rate: float | None = None
+    precision: str = "auto"
+    limit: int | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if (self.factor is None) == (self.preset is None):
+            raise PlanError("compress: expected factor= or preset=, one of them. Try --factor 8.")
+        if self.factor is not None:
+            check_factor(self.factor, "compress")
+        if self.stage1_text is None:
+            for key in ("stage1_words", "stage1_epochs", "stage1_learning_rate"):
+                if getattr(self, key) is not None:
+                    raise PlanError(f"compress: {key}= without stage1_text=, the text to learn.")
+        elif self.student not in (None, "none"):
+            raise PlanError(
+                "compress: student= and stage1_text=: a student has learnt general text already. "
+                "Give one of the two."
+            )
+        if self.text_columns is not None:
+            object.__setattr__(self, "text_columns", tuple(self.text_columns))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CompressSettings:
+        known = tuple(field.name for field in fields(cls))
+        for key in data:
+            if key not in known:
+                raise PlanError(f"compress settings: unknown key {key!r}. {near(key, known)}")
+        return cls(**data)

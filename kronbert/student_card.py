@@ -1,0 +1,133 @@
+"""The report of a pre-distilled student, and its model card: every number is the report's."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .job_models import model_name
+
+SCHEMA = 1
+PATHS = ("text", "valid")
+
+
+def student_report(
+    settings: Mapping[str, Any], trained: Mapping[str, Any], data: str
+) -> dict[str, Any]:
+    """The content of report.json: no folder of this machine stands in it.
+
+    seconds and tokens_per_second: of the last start, if the run was interrupted; held_out_seconds
+    are part of the seconds but not of the speed."""
+    import torch
+    import transformers
+
+    from . import __version__
+
+    stage = trained["stage"]
+    per_step = stage["batch_size"] * stage["max_length"]
+    first = trained["steps"] - trained["steps_of_last_start"]
+    aside = sum(
+        row.get("held_out_seconds", 0)
+        for row in trained["history"]
+        if row["step"] > first or not first
+    )
+    busy = trained["training_seconds"] - aside
+    return {
+        "schema": SCHEMA,
+        "settings": _without_folders(settings),
+        "asked": trained["asked"],
+        "data": data,
+        "teacher": trained["teacher"],
+        "student": trained["student"],
+        "licence": settings["licence"],
+        "steps": trained["steps"],
+        "tokens": trained["steps"] * per_step,
+        "seconds": trained["training_seconds"],
+        "held_out_seconds": round(aside, 2),
+        "tokens_per_second": round(trained["steps_of_last_start"] * per_step / max(busy, 1e-3), 1),
+        "stage": stage,
+        "held_out": None,
+        "versions": {
+            "kronbert": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "history": trained["history"],
+    }
+
+
+def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {key: value for key, value in settings.items() if key not in ("output", "licence")}
+    for key in ("model", "student"):
+        if shown[key] is not None:
+            shown[key] = model_name(shown[key])
+    for key in PATHS:
+        if shown[key] is not None and Path(shown[key]).is_file():
+            shown[key] = Path(shown[key]).name
+    return shown
+
+
+def student_card(report: Mapping[str, Any]) -> str:
+    """README.md of a student's folder, as the Hugging Face hub shows it."""
+    teacher, student, settings = report["teacher"], report["student"], report["settings"]
+    stage = report["stage"]
+    head = ["library_name: transformers", "tags: [kronbert, kronecker, distillation]"]
+    if report["licence"]:
+        head.insert(0, f"license: {report['licence']}")
+    if "/" in teacher["name"]:
+        head.append(f"base_model: {teacher['name']}")
+    terms = " + ".join(
+        term["tap"] if term["weight"] == 1 else f"{term['weight']:g} {term['tap']}"
+        for term in stage["objective"]["terms"]
+    )
+    lines = [
+        "---",
+        *head,
+        "---",
+        "",
+        f"# {teacher['name']}, {student['factor']:.1f} times smaller",
+        "",
+        f"{student['parameters']:,} parameters for the teacher's {teacher['parameters']:,}; its "
+        f"weights are sums of Kronecker products, stored as {student['dtype']}. Distilled on "
+        "general text, not yet on a task: fine-tune it, or let `kronbert compress` start from it.",
+        "",
+        "```python",
+        "import kronbert  # tells transformers about the format",
+        "from transformers import AutoModel",
+        "",
+        'model = AutoModel.from_pretrained("this folder or its hub name")',
+        "```",
+        "",
+        "## Training",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| text | {settings['text']}: {report['data']} |",
+        f"| objective | {terms} |",
+        f"| steps | {report['steps']:,} of {stage['batch_size']} blocks, "
+        f"{report['tokens']:,} tokens |",
+        f"| learning rate | {stage['learning_rate']:g}, {stage['scheduler']} |",
+        f"| seed | {stage['seed']} |",
+        f"| tokens per second | {report['tokens_per_second']:,.0f} |",
+        "| versions | " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + " |",
+        "",
+    ]
+    if report["held_out"]:
+        start, end = report["held_out"]["start"], report["held_out"]["end"]
+        lines += [
+            f"## Losses on held-out text ({settings['valid']})",
+            "",
+            "| term | converted only | distilled |",
+            "|---|---|---|",
+            *(
+                f"| {key.removeprefix('loss_')} | {start[key]:.4g} | {end[key]:.4g} |"
+                for key in start
+                if key.startswith("loss_")
+            ),
+            "",
+        ]
+    lines += ["Every number on this page is in report.json. Task scores: not measured here.", ""]
+    return "\n".join(lines)

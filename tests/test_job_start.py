@@ -1,0 +1,249 @@
+"""Stage 2 from a pre-distilled student: which one suits, and what is taken from it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import kronbert
+from kronbert import job as job_module
+from kronbert import job_report, shipped
+from kronbert.errors import DistillError, PlanError
+from kronbert.job import CompressSettings, compress
+from kronbert.job_start import Start, describe_teacher, find_start, student_from
+from kronbert.pretrain import PretrainSettings, pretrain_student
+
+LAYER = "bert.encoder.layer.0.intermediate.dense.b"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_packaged(tmp_path, monkeypatch):
+    """What the package carries is not looked at here; the report's latency is timed briefly."""
+    monkeypatch.setattr(shipped, "PACKAGED", tmp_path / "packaged")
+    full = job_report.report
+    monkeypatch.setattr(job_report, "report", lambda *a, **k: full(*a, **{**k, "seconds": 0.05}))
+
+
+@pytest.fixture(scope="module")
+def learnt(tiny_bert, tiny_task, tmp_path_factory, one_thread):
+    """(folder, report) of a student that pretrain-student wrote, 3 times smaller."""
+    folder = tmp_path_factory.mktemp("learnt")
+    return pretrained(tiny_bert, tiny_task, folder)
+
+
+def pretrained(model, task, folder, **more):
+    text = folder / "text.txt"
+    rows = (task / "train.tsv").read_text().splitlines()[1:]
+    text.write_text("\n".join(row.split("\t")[0] for row in rows) + "\n")
+    settings = PretrainSettings(
+        model=str(model), text=str(text), output=str(folder / "out"), epochs=2, batch_size=8,
+        learning_rate=3e-3, max_length=16, precision="fp32", **{"factor": 3.0} | more,
+    )  # fmt: skip
+    report = pretrain_student(settings, lambda _: None)
+    return folder / "out" / "student", report
+
+
+@pytest.fixture
+def named(learnt, tmp_path, monkeypatch):
+    """The student under the name kronbert/tiny-x3."""
+    shutil.copytree(learnt[0], tmp_path / "students" / "tiny-x3")
+    monkeypatch.setenv("KRONBERT_STUDENTS", str(tmp_path / "students"))
+    return "kronbert/tiny-x3"
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_bert):
+    """A classifier whose body was moved a little, as fine-tuning moves it."""
+    torch.manual_seed(7)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bert):
+    return AutoTokenizer.from_pretrained(tiny_bert)
+
+
+def settings_for(tiny_bert, task, output, **changes):
+    given = {"model": str(tiny_bert), "task": str(task), "output": str(output), "factor": 3.0,
+             "teacher_epochs": 0.2, "epochs": 0.1, "learning_rate": 1e-7, "batch_size": 16,
+             "precision": "fp32"}  # fmt: skip
+    return CompressSettings(**given | changes)
+
+
+def state_of(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+def test_body_is_the_students_and_the_rest_the_teachers(learnt, teacher, tokenizer):
+    start = find_start(str(learnt[0]), teacher, tokenizer, 3.0, None)
+    assert 0.9 < start.cosine < 1
+    assert start.name == "out"  # of out/student
+    student = student_from(start, teacher, factor=3.0, preset=None)
+    body = kronbert.load(learnt[0])
+    for name, value in body.state_dict().items():
+        if not name.startswith("pooler."):
+            assert torch.equal(student.bert.state_dict()[name], value), name
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
+    own = kronbert.convert(teacher, factor=3.0)
+    assert any("pooler" in x.size.name for x in own.kronecker_plan.converted)
+    for name in (n for n in own.state_dict() if "pooler" in n):
+        assert torch.equal(student.state_dict()[name], own.state_dict()[name]), name
+    assert student.kronecker_plan.dense_parameters == teacher.num_parameters()
+    assert student.num_parameters() <= teacher.num_parameters() / (0.995 * 3)
+
+
+def test_masked_lm_student_gives_its_body(tiny_bert, tiny_task, teacher, tokenizer, tmp_path):
+    masked = tmp_path / "masked"
+    AutoModelForMaskedLM.from_pretrained(tiny_bert).save_pretrained(masked)
+    tokenizer.save_pretrained(masked)
+    folder, report = pretrained(masked, tiny_task, tmp_path)
+    assert report["student"]["class"] == "BertForMaskedLM"
+    start = find_start(str(folder), teacher, tokenizer, 3.0, None)
+    student = student_from(start, teacher, factor=3.0, preset=None)
+    body = kronbert.load(folder).bert.state_dict()
+    assert not any("pooler" in name for name in body)
+    for name, value in body.items():
+        assert torch.equal(student.bert.state_dict()[name], value), name
+    own = kronbert.convert(teacher, factor=3.0).state_dict()
+    for name in (n for n in own if "pooler" in n):
+        assert torch.equal(student.state_dict()[name], own[name]), name
+
+
+def changed(folder, to, change):
+    copy = shutil.copytree(folder, to)
+    report = json.loads((copy / "report.json").read_text())
+    change(report)
+    (copy / "report.json").write_text(json.dumps(report))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["teacher"]["sizes"].update(hidden_size=48), "its teacher has hidden_size 48"),
+        (lambda r: r["teacher"].update(vocabulary="x"), "another vocabulary"),
+        (lambda r: r["student"].update(factor=3.4), "3.40 times smaller, 3 is asked for"),
+        (lambda r: r["student"].update(factor=2.9), "2.90 times smaller, 3 is asked for"),
+        (
+            lambda r: r["teacher"].update(
+                embedding_digest="x",
+                embedding_sample=r["teacher"]["embedding_sample"][::-1],
+            ),
+            r"word embeddings differ \(cosine -?0\.",
+        ),
+    ],
+)
+def test_what_does_not_suit(change, said, learnt, teacher, tokenizer, tmp_path, monkeypatch):
+    folder = changed(learnt[0], tmp_path / "students" / "odd", change)
+    with pytest.raises(DistillError, match=rf"--student .*odd: .*{said}"):
+        find_start(str(folder), teacher, tokenizer, 3.0, None)
+    monkeypatch.setenv("KRONBERT_STUDENTS", str(tmp_path / "students"))
+    assert find_start(None, teacher, tokenizer, 3.0, None) is None
+
+
+def test_preset_and_missing_report(learnt, teacher, tokenizer, tmp_path):
+    with pytest.raises(DistillError, match="not made with preset K8"):
+        find_start(str(learnt[0]), teacher, tokenizer, None, "K8")
+    made = changed(learnt[0], tmp_path / "k8", lambda r: r["asked"].update(preset="k8"))
+    assert find_start(str(made), teacher, tokenizer, None, "K8").cosine > 0.9
+    (made / "report.json").unlink()
+    with pytest.raises(DistillError, match=r"has no report\.json"):
+        find_start(str(made), teacher, tokenizer, None, "K8")
+    with pytest.raises(DistillError, match=r"hub does not give its report\.json"):
+        find_start("kronbert/nobody", teacher, tokenizer, 3.0, None)
+
+
+def test_found_by_itself_unless_told_not_to(named, teacher, tokenizer, tiny_bert):
+    found = find_start(None, teacher, tokenizer, 3.0, None)
+    assert found.name == named
+    assert find_start(named, teacher, tokenizer, 3.0, None) == found
+    assert find_start("none", teacher, tokenizer, 3.0, None) is None
+    assert find_start(None, teacher, tokenizer, 4.0, None) is None
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    assert find_start(None, base, tokenizer, 3.0, None).cosine == 1
+
+
+def test_sample_tells_tables_apart(teacher, tokenizer):
+    first = describe_teacher(teacher, tokenizer)
+    assert len(first["embedding_sample"]) == 512
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_compress_starts_from_it(named, learnt, tiny_bert, tiny_task, tmp_path):
+    said = []
+    output = tmp_path / "out"
+    content = compress(settings_for(tiny_bert, tiny_task, output), said.append)
+    (line,) = [line for line in said if line.startswith("2/4")]
+    assert line.startswith("2/4 starting from kronbert/tiny-x3, 3.")
+    assert content["start"] == {"name": named, "cosine": 1.0}
+    assert "| student, from kronbert/tiny-x3 |" in (output / "report.md").read_text()
+    stage1, teacher, body = (
+        state_of(output / "stage1"), state_of(output / "teacher"), kronbert.load(learnt[0])
+    )  # fmt: skip
+    assert torch.equal(stage1[LAYER], body.state_dict()[LAYER.removeprefix("bert.")])
+    assert torch.equal(stage1["classifier.weight"], teacher["classifier.weight"])
+    # Stage 2 at a rate of 1e-7 leaves the body as it came.
+    student = state_of(output / "student")
+    torch.testing.assert_close(student[LAYER], stage1[LAYER], atol=1e-4, rtol=0)
+    plain = compress(
+        settings_for(tiny_bert, tiny_task, tmp_path / "plain", student="none"), said.append
+    )
+    assert plain["start"] is None
+    assert (state_of(tmp_path / "plain" / "student")[LAYER] - student[LAYER]).abs().max() > 1e-3
+    assert "student, converted only" in (tmp_path / "plain" / "report.md").read_text()
+
+
+def test_choice_is_kept_when_resumed(named, tiny_bert, tiny_task, tmp_path, monkeypatch):
+    """A student that is installed, or removed, between two starts does not change the run."""
+    settings = settings_for(tiny_bert, tiny_task, tmp_path / "with")
+    without = replace(settings, output=str(tmp_path / "without"))
+    real = job_module._Job._teacher
+    monkeypatch.setattr(job_module._Job, "_teacher", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compress(settings, lambda _: None)
+    monkeypatch.setenv("KRONBERT_STUDENTS", str(tmp_path / "nobody"))
+    with pytest.raises(ZeroDivisionError):
+        compress(without, lambda _: None)
+    monkeypatch.setattr(job_module._Job, "_teacher", real)
+    assert compress(settings, lambda _: None)["start"]["name"] == named
+    monkeypatch.setenv("KRONBERT_STUDENTS", str(tmp_path / "students"))
+    assert compress(without, lambda _: None)["start"] is None
+
+
+def test_errors_come_before_training(named, tiny_bert, tiny_task, tmp_path):
+    with pytest.raises(PlanError, match=r"student= and stage1_text="):
+        settings_for(tiny_bert, tiny_task, tmp_path, student=named, stage1_text="x.txt")
+    assert settings_for(tiny_bert, tiny_task, tmp_path, student="none", stage1_text="x.txt")
+    with pytest.raises(DistillError, match="4 is asked for"):
+        compress(settings_for(tiny_bert, tiny_task, tmp_path / "a", student=named, factor=4.0))
+    assert not (tmp_path / "a" / "teacher").exists()
+
+
+def test_an_incomplete_body_is_refused(learnt, teacher, tmp_path):
+    from kronbert.job_start import put_body
+
+    student = student_from(
+        Start(name="x", source=str(learnt[0]), factor=3.0, cosine=1.0), teacher, factor=3.0
+    )
+    body = dict(student.bert.state_dict())
+    del body["encoder.layer.0.intermediate.dense.b"]
+    with pytest.raises(DistillError, match=r"x: it has no 'encoder\.layer\.0\.intermediate"):
+        put_body(student, body, "x")
+    with pytest.raises(DistillError, match="x: it has 'head'"):
+        put_body(student, {**student.bert.state_dict(), "head": torch.zeros(1)}, "x")

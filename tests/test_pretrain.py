@@ -1,0 +1,225 @@
+"""`kronbert pretrain-student`: what it saves, what it measures, and that a kill changes nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
+
+import kronbert
+from kronbert.distill import finetune
+from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
+from kronbert.pretrain import PretrainSettings, pretrain_student
+
+SHORT = {"factor": 3.0, "epochs": 4, "learning_rate": 3e-3, "batch_size": 8, "max_length": 16,
+         "precision": "fp32"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_task, tmp_path_factory):
+    """(text, held-out text): the sentences of the task's two files."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("train", "dev"):
+        rows = (tiny_task / f"{name}.tsv").read_text().splitlines()[1:]
+        (folder / f"{name}.txt").write_text("\n".join(row.split("\t")[0] for row in rows) + "\n")
+    return folder / "train.txt", folder / "dev.txt"
+
+
+def settings_for(model, texts, output, **changes):
+    given = {"model": str(model), "text": str(texts[0]), "valid": str(texts[1])}
+    return PretrainSettings(**given | {"output": str(output)} | SHORT | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bert, texts, tmp_path_factory, one_thread):
+    """(folder, settings, report, what was said) of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("pretrain") / "whole"
+    settings = settings_for(tiny_bert, texts, folder, teacher_name="someone/tiny-bert")
+    said = []
+    return folder, settings, pretrain_student(settings, said.append), said
+
+
+@pytest.fixture(scope="module")
+def masked(tiny_bert, tmp_path_factory):
+    """The same encoder, saved with a masked-LM head."""
+    folder = tmp_path_factory.mktemp("masked") / "masked"
+    torch.manual_seed(4)
+    AutoModelForMaskedLM.from_pretrained(tiny_bert).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    return folder
+
+
+def test_the_student_loads_and_learnt(finished, tiny_bert):
+    folder, _, report, said = finished
+    student = kronbert.load(folder / "student")
+    by_auto = AutoModel.from_pretrained(folder / "student")
+    assert type(student) is type(by_auto)
+    for name, value in by_auto.state_dict().items():
+        assert torch.equal(value, student.state_dict()[name]), name
+    assert report["student"]["parameters"] == sum(p.numel() for p in student.parameters())
+    teacher = AutoModel.from_pretrained(tiny_bert)
+    assert report["teacher"]["parameters"] == sum(p.numel() for p in teacher.parameters())
+    start, end = report["held_out"]["start"], report["held_out"]["end"]
+    assert set(start) == {"step", "loss_embedding", "loss_scores", "loss_ffn"}
+    assert end["loss_ffn"] < 0.8 * start["loss_ffn"]
+    assert any(line.startswith("step 0 of ") for line in said)
+    fresh = kronbert.convert(teacher, factor=3.0).state_dict()
+    # The pooler is converted, and no term reads it.
+    for name in (n for n in fresh if n.startswith("pooler.")):
+        assert torch.equal(fresh[name], student.state_dict()[name]), name
+
+
+def test_curve_and_report(finished, texts, tiny_bert):
+    folder, settings, report, _ = finished
+    assert report == json.loads((folder / "report.json").read_text())
+    assert report == json.loads((folder / "student" / "report.json").read_text())
+    points = json.loads((folder / "curve.json").read_text())["points"]
+    steps = report["steps"]
+    every = -(-steps // 10)
+    assert [p["step"] for p in points] == [*range(0, steps, every), steps]
+    assert imread(folder / "curve.png").shape[1] == 1100
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    words = texts[0].read_text().split()
+    blocks = len(tokenizer(words, is_split_into_words=True)["input_ids"]) // 14
+    assert steps == 4 * -(-blocks // 8)
+    assert report["tokens"] == steps * 8 * 16
+    assert 0 < report["tokens_per_second"]
+    trained = report["seconds"] - report["held_out_seconds"]
+    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / trained, rel=0.02)
+    assert report["versions"]["torch"] == torch.__version__
+    text = json.dumps(report)
+    assert str(texts[0].parent) not in text
+    assert str(tiny_bert.parent) not in text
+    assert report["settings"]["text"] == "train.txt"
+    assert not list(folder.glob("*-run"))
+    again = []
+    assert pretrain_student(settings, again.append) == report
+    assert again == [f"finished before: {folder / 'report.json'}"]
+
+
+def test_model_card_has_the_reports_numbers(finished):
+    folder, _, report, _ = finished
+    card = (folder / "student" / "README.md").read_text()
+    assert "base_model: someone/tiny-bert" in card
+    assert f"{report['student']['parameters']:,} parameters" in card
+    for key in ("loss_embedding", "loss_scores", "loss_ffn"):
+        start, end = (report["held_out"][when][key] for when in ("start", "end"))
+        assert f"| {key.removeprefix('loss_')} | {start:.4g} | {end:.4g} |" in card
+    assert "license" not in card
+
+
+class _Interrupt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_killed_run_resumes_to_the_same_student(finished, texts, tmp_path, monkeypatch):
+    whole, settings, report, _ = finished
+    settings = replace(settings, output=str(tmp_path / "killed"))
+    real = finetune._StageTrainer.train
+
+    def train(self, *args, **kwargs):
+        self.add_callback(_Interrupt(report["steps"] // 2))
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune._StageTrainer, "train", train)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_student(settings, lambda _: None)
+    with pytest.raises(CheckpointError, match=r"other settings \(seed 42 -> 7\)"):
+        pretrain_student(replace(settings, seed=7), lambda _: None)
+    said = []
+    again = pretrain_student(settings, said.append)
+    assert any(line.startswith("resumed after step") for line in said)
+    expected = load_file(whole / "student" / "model.safetensors")
+    found = load_file(tmp_path / "killed" / "student" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    curves = [
+        json.loads((folder / "curve.json").read_text())["points"]
+        for folder in (whole, tmp_path / "killed")
+    ]
+    assert curves[0] == curves[1]
+    last = report["steps"] - again["steps"] // 2
+    assert again["tokens"] == report["tokens"]
+    rate = again["tokens_per_second"] * (again["seconds"] - again["held_out_seconds"]) / (8 * 16)
+    assert last <= round(rate) < again["steps"]  # the speed is that of the steps done since
+
+
+def test_measuring_changes_no_weight(finished, texts, tmp_path):
+    whole, settings, _, _ = finished
+    content = pretrain_student(
+        replace(settings, valid=None, output=str(tmp_path / "out")), lambda _: None
+    )
+    assert content["held_out"] is None
+    assert not (tmp_path / "out" / "curve.json").exists()
+    expected = load_file(whole / "student" / "model.safetensors")
+    found = load_file(tmp_path / "out" / "student" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_masked_lm_head_is_trained_and_half_loads_as_float32(masked, texts, tmp_path):
+    output = tmp_path / "out"
+    settings = settings_for(masked, texts, output, half=True, factor=2.5, valid_blocks=5)
+    content = pretrain_student(settings, lambda _: None)
+    start, end = content["held_out"]["start"], content["held_out"]["end"]
+    assert end["loss_mlm"] < 0.9 * start["loss_mlm"]
+    stored = load_file(output / "student" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    for student in (
+        kronbert.load(output / "student"),
+        AutoModel.from_pretrained(output / "student"),
+        AutoModelForMaskedLM.from_pretrained(output / "student", dtype="auto"),
+    ):
+        assert {value.dtype for value in student.parameters()} == {torch.float32}
+        assert student.config.dtype is torch.float32
+    assert content["student"]["class"] == "BertForMaskedLM"
+    assert json.loads((output / "curve.json").read_text())["data"].endswith("5 held out")
+
+
+def test_going_on_from_a_student(finished, texts, tmp_path):
+    whole, settings, report, _ = finished
+    more = replace(
+        settings, student=str(whole / "student"), factor=None, output=str(tmp_path / "out")
+    )
+    content = pretrain_student(more, lambda _: None)
+    start, before = content["held_out"]["start"], report["held_out"]["end"]
+    assert start["loss_ffn"] == pytest.approx(before["loss_ffn"], rel=1e-5)
+    assert content["student"]["factor"] == report["student"]["factor"]
+    assert content["asked"] == {"factor": 3.0, "preset": None}
+    assert str(whole) not in json.dumps(content)
+
+
+def test_what_does_not_go_together(masked, tiny_bert, finished, texts, tmp_path):
+    with pytest.raises(PlanError, match="expected factor=, preset=, rules= or student="):
+        settings_for(tiny_bert, texts, tmp_path, factor=None)
+    with pytest.raises(PlanError, match="student= has its shapes"):
+        settings_for(tiny_bert, texts, tmp_path, student="x")
+    with pytest.raises(PlanError, match="expected one of them"):
+        settings_for(tiny_bert, texts, tmp_path, preset="k8")
+    with pytest.raises(DistillError, match="has no masked-LM head"):
+        pretrain_student(settings_for(tiny_bert, texts, tmp_path / "a", mlm=True))
+    with pytest.raises(DataError, match="takes 64 tokens at most"):
+        pretrain_student(settings_for(tiny_bert, texts, tmp_path / "b", max_length=65))
+    with pytest.raises(DataError, match=r"sample_rows\(limit=0"):
+        pretrain_student(settings_for(tiny_bert, texts, tmp_path / "c", valid_blocks=0))
+    student = str(finished[0] / "student")
+    with pytest.raises(DistillError, match="a BertModel, but its teacher would be a BertForMasked"):
+        pretrain_student(settings_for(masked, texts, tmp_path / "d", student=student, factor=None))
+    assert not list(tmp_path.glob("*/student"))
