@@ -20,7 +20,7 @@ from kronbert.errors import DistillError
 # Equal vocabularies that lower-case or strip accents differently give other ids for this.
 _PROBE = "Kronecker's Ünïted products, 12.5 % of naïve BERT"
 
-_MLM_HEADS = {
+MLM_HEADS = {
     name
     for names in (MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_PRETRAINING_MAPPING_NAMES)
     for name in names.values()
@@ -41,7 +41,7 @@ def check_pair(
             "nothing would be learnt: a teacher that an earlier DistillTrainer froze, or a student "
             "converted from one? Call student.requires_grad_(True)."
         )
-    if "mlm" in objective.taps and type(student).__name__ not in _MLM_HEADS:
+    if "mlm" in objective.taps and type(student).__name__ not in MLM_HEADS:
         raise DistillError(
             f"the objective has the term 'mlm', but {type(student).__name__} has no masked-LM "
             "head. Load the student with AutoModelForMaskedLM, or drop the term."
@@ -87,6 +87,17 @@ def check_arguments(args: TrainingArguments, objective: Objective, compute_loss_
             "torch_compile=True: the taps are forward hooks, which a compiled model skips. Set "
             "torch_compile=False."
         )
+    if getattr(args, "ema", None) is not None:
+        if args.fsdp or args.deepspeed:
+            raise DistillError(
+                "ema with fsdp or deepspeed: they share parameters out or replace them, and the "
+                "average is of whole ones. Leave ema out, or train with torchrun alone."
+            )
+        if args.load_best_model_at_end:
+            raise DistillError(
+                "ema with load_best_model_at_end: the student that a run leaves is either its "
+                "averaged weights or its best checkpoint. Set one of them."
+            )
     if args.n_gpu > 1:
         raise DistillError(
             f"{args.n_gpu} GPUs in one process: DataParallel's threads would share the taps. Start "
@@ -156,7 +167,7 @@ def _check_sizes(student: nn.Module, teacher: nn.Module, objective: Objective) -
 
 
 def _check_labels(student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
-    if type(student).__name__ in _MLM_HEADS:
+    if type(student).__name__ in MLM_HEADS:
         return
     mine, theirs = (_size(model, "num_labels") for model in (student, teacher))
     if mine != theirs:

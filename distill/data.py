@@ -28,12 +28,14 @@ LABEL_COLUMNS = ("label", "score", "labels", "target", "class")
 class TaskData:
     """Rows with the task's text columns and its label column (class index, or float).
 
-    source: the files or the hub data set that the rows come from, for a report to name."""
+    source: the files or the hub data set that the rows come from, for a report to name.
+    unlabelled: more training rows without the label column, see `unlabelled.with_unlabelled`."""
 
     task: Task
     train: datasets.Dataset
     validation: dict[str, datasets.Dataset]
     source: str
+    unlabelled: datasets.Dataset | None = None
 
 
 def _split_files(folder: Path, words: tuple[str, ...]) -> list[Path]:
@@ -305,10 +307,11 @@ def tokenize(data: TaskData, tokenizer: Any, max_length: int | None = None) -> T
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(rows[n] for n in task.text), truncation=True, max_length=length)
-        return {**encoded, "labels": rows[task.label]}
+        return {**encoded, "labels": rows[task.label]} if task.label in rows else {**encoded}
 
     def run(rows: datasets.Dataset) -> datasets.Dataset:
         return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenising")
 
     validation = {name: run(rows) for name, rows in data.validation.items()}
-    return replace(data, train=run(data.train), validation=validation)
+    extra = None if data.unlabelled is None else run(data.unlabelled)
+    return replace(data, train=run(data.train), validation=validation, unlabelled=extra)

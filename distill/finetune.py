@@ -23,14 +23,24 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from kronbert.distill.averaging import has_average
+from kronbert.distill.checks import check_pair
+from kronbert.distill.cpu_attention import plain_attention
 from kronbert.distill.data import TaskData, compute_metrics
+from kronbert.distill.dropout import dropout_set_to
+from kronbert.distill.held_out import HeldOut, held_out_batches
 from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.stages import Stage
+from kronbert.distill.teacher_cache import with_teacher_logits
 from kronbert.distill.trainer import DistillTrainer
+from kronbert.distill.unlabelled import training_rows
 from kronbert.errors import DistillError
 
 POINTS = 10
 """Evaluations, and checkpoints, of one stage."""
+
+CACHE = "teacher-logits"
+"""The folder of `teacher_cache`, beside that of a run."""
 
 
 def run_stage(
@@ -44,6 +54,8 @@ def run_stage(
     precision: str = "auto",
     checkpoints: int = POINTS,
     keep_last: bool = False,
+    held_out: Any = None,
+    cache: str | Path | None = None,
     say: Callable[[str], None] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
@@ -53,7 +65,10 @@ def run_stage(
     text. folder: holds the checkpoints; the newest whole one found there is resumed, to the same
     weights as without the interruption. keep_last: leave the last one for a caller who has yet to
     save the result, and removes the folder then. teacher: None when the objective needs none.
-    precision: see `use_bf16`. arguments: more of `DistillArguments`. Raises `DistillError`."""
+    held_out: packed text that is not trained on; the objective's losses on it are logged as
+    `held_out.HeldOut` says. cache: the folder of a stage with ``cache_teacher``, by default
+    ``teacher-logits`` beside ``folder``. precision: see `use_bf16`. arguments: more of
+    `DistillArguments`. Raises `DistillError`."""
     folder = Path(folder)
     task = data.task if isinstance(data, TaskData) else None
     args = stage.to_arguments(
@@ -74,6 +89,10 @@ def run_stage(
             **arguments,
         },
     )
+    rows = training_rows(data, stage) if isinstance(data, TaskData) else data
+    if stage.cache_teacher:
+        check_pair(student, teacher, stage.objective, tokenizer)  # before the long computation
+        rows = _taught(rows, teacher, args, cache or folder.parent / CACHE, tokenizer, say)
     if task:
         collator: Any = DataCollatorWithPadding(tokenizer)
     else:
@@ -84,7 +103,7 @@ def run_stage(
         args,
         teacher=teacher,
         objective=stage.objective,
-        train_dataset=data.train if task else data,
+        train_dataset=rows,
         eval_dataset=next(iter(data.validation.values())) if task else None,
         data_collator=collator,
         compute_metrics=compute_metrics(task) if task else None,
@@ -92,17 +111,44 @@ def run_stage(
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(_Bar)
-    last = last_checkpoint(folder)
+    if held_out is not None:
+        batches = held_out_batches(held_out, collator, trainer.args.per_device_eval_batch_size)
+        trainer.add_callback(HeldOut(trainer, batches, POINTS, say))
+    last = last_checkpoint(folder, averaged=stage.ema is not None)
     for path in _checkpoints(folder):
         if last is None or _step(path) > _step(last):
             shutil.rmtree(path)  # cut off while it was written
     if last is not None and say is not None:
         say(f"resumed after step {_step(last)}")
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with plain_attention(student), dropout_set_to(student, stage.dropout):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not keep_last:
         for path in _checkpoints(folder):
             shutil.rmtree(path)
     return list(trainer.state.log_history)
+
+
+def _taught(
+    rows: Any,
+    teacher: Any,
+    args: Any,
+    cache: str | Path,
+    tokenizer: Any,
+    say: Callable[[str], None] | None,
+) -> Any:
+    """``rows`` with the teacher's logits; one process computes them, the others read them."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    with args.main_process_first(desc="the teacher's logits"):
+        return with_teacher_logits(
+            rows,
+            teacher,
+            cache,
+            tokenizer=tokenizer,
+            device=args.device,
+            autocast=dtype,
+            batch_size=args.per_device_eval_batch_size,
+            say=say,
+        )
 
 
 class _StageTrainer(DistillTrainer):
@@ -213,9 +259,12 @@ def _predict(model: nn.Module, rows: Any, tokenizer: Any, batch_size: int) -> Ev
     return EvalPrediction(predictions=np.stack(logits), label_ids=np.array(list(rows["labels"])))
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``; one cut off in the writing is passed over."""
-    return next((path for path in reversed(_checkpoints(Path(folder))) if _whole(path)), None)
+def last_checkpoint(folder: str | Path, *, averaged: bool = False) -> Path | None:
+    """The newest whole checkpoint in ``folder``; one cut off in the writing is passed over.
+
+    averaged: of a stage with ``ema``: without the average a checkpoint is not whole."""
+    found = reversed(_checkpoints(Path(folder)))
+    return next((path for path in found if _whole(path, averaged)), None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -228,8 +277,10 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name[11:])
 
 
-def _whole(checkpoint: Path) -> bool:
+def _whole(checkpoint: Path, averaged: bool) -> bool:
     """Whether every file that a resumed run reads is there to its end."""
+    if averaged and not has_average(checkpoint):
+        return False
     pickles = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
     random = sorted(checkpoint.glob("rng_state*.pth"))
     try:

@@ -73,7 +73,9 @@ class Term:
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """A weighted sum of terms. layer_map: "identity", "uniform", or one teacher layer (from 1; 0 or
-    None = none) per student layer, for the terms scores and ffn."""
+    None = none) per student layer, for the terms scores and ffn. Hard and soft labels are mixed by
+    the weights of the terms labels and logits: 0.3 and 0.7, or logits alone for rows without a
+    label."""
 
     terms: tuple[Term, ...]
     layer_map: layer_maps.LayerMap = "identity"

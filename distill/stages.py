@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 class Stage:
     """batch_size: examples per optimiser step, over all processes and accumulated batches.
     max_length: tokens per example, for whoever tokenizes. warmup_ratio: a share of the steps.
-    scheduler: a name transformers knows. seed: of shuffling and dropout."""
+    scheduler: a name transformers knows. seed: of shuffling and dropout. dropout: the student's
+    probability during the stage; None: the model's own.
+
+    ema: in (0, 1), the share of the old average that an exponential moving average of the trained
+    weights keeps per step (less in the first steps, `averaging.decay_at`); evaluations during the
+    stage, and the student it leaves, have the averaged weights. None: no average.
+    small_rate, embedding_rate: what the learning rate is multiplied by for the smaller matrix of a
+    Kronecker pair, and for embedding tables: see `rates.rate_factors`.
+    cache_teacher: the teacher's logits are computed once for all rows and kept on disk; for
+    objectives that need no more of the teacher, on task data. See `teacher_cache`."""
 
     name: str
     objective: Objective
@@ -33,6 +42,11 @@ class Stage:
     scheduler: str = "linear"
     max_grad_norm: float = 1.0
     seed: int = 42
+    dropout: float | None = None
+    ema: float | None = None
+    small_rate: float = 1.0
+    embedding_rate: float = 1.0
+    cache_teacher: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
@@ -55,6 +69,19 @@ class Stage:
         if not self.weight_decay >= 0:
             raise DistillError(
                 f"Stage({self.name!r}, weight_decay={self.weight_decay!r}): expected >= 0."
+            )
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise DistillError(
+                f"Stage({self.name!r}, dropout={self.dropout!r}): expected a probability in [0, 1), "
+                "or None for the model's own."
+            )
+        check_switches(f"Stage({self.name!r})", self.ema, self.small_rate, self.embedding_rate)
+        if self.cache_teacher and self.objective.teacher_taps != {"logits"}:
+            needed = ", ".join(sorted(self.objective.teacher_taps)) or "nothing"
+            raise DistillError(
+                f"Stage({self.name!r}, cache_teacher=True): only the teacher's logits are kept, "
+                f"but the objective needs {needed} of it. Set cache_teacher=False, or train on "
+                "the term logits (and labels) alone."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +125,9 @@ class Stage:
             "lr_scheduler_type": self.scheduler,
             "max_grad_norm": self.max_grad_norm,
             "seed": self.seed,
+            "ema": self.ema,
+            "small_rate": self.small_rate,
+            "embedding_rate": self.embedding_rate,
         }
         if "per_device_train_batch_size" not in overrides:
             processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -113,3 +143,18 @@ class Stage:
             return DistillArguments(output_dir=str(output_dir), **given | overrides)
         except TypeError as error:
             raise DistillError(f"Stage({self.name!r}).to_arguments: {error}.") from error
+
+
+def check_switches(where: str, ema: float | None, small_rate: float, embedding_rate: float) -> None:
+    """Raise `DistillError` if a switch of a stage, or of its arguments, has no meaning."""
+    if ema is not None and not (isinstance(ema, (int, float)) and 0 < ema < 1):
+        raise DistillError(
+            f"{where}: ema={ema!r}: expected a share in (0, 1), 0.999 for an average over about "
+            "1,000 steps, or None."
+        )
+    for key, rate in (("small_rate", small_rate), ("embedding_rate", embedding_rate)):
+        if not (isinstance(rate, (int, float)) and 0 < rate < float("inf")):
+            raise DistillError(
+                f"{where}: {key}={rate!r}: expected a number > 0, by which the learning rate is "
+                "multiplied."
+            )

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer_utils import get_last_checkpoint
 
+from kronbert.distill.averaging import WeightAverage
 from kronbert.distill.checks import check_arguments, check_pair, supervised_layers
 from kronbert.distill.layer_maps import LayerMap
 from kronbert.distill.objectives import Objective, term_losses
+from kronbert.distill.rates import rate_factors, split_groups
+from kronbert.distill.stages import check_switches
 from kronbert.distill.taps import Captured, Taps
+from kronbert.distill.teacher_cache import TEACHER_LOGITS
 from kronbert.errors import DistillError
 
 
 @dataclass
 class DistillArguments(TrainingArguments):
-    """transformers' TrainingArguments that log the first step: curves start untrained."""
+    """transformers' TrainingArguments that log the first step: curves start untrained.
+
+    ema, small_rate, embedding_rate: as in `kronbert.distill.Stage`."""
 
     logging_first_step: bool = True
+    ema: float | None = None
+    small_rate: float = 1.0
+    embedding_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_switches("DistillArguments", self.ema, self.small_rate, self.embedding_rate)
+        super().__post_init__()
 
 
 class DistillTrainer(Trainer):
@@ -87,13 +104,52 @@ class DistillTrainer(Trainer):
                 teacher.to(self.args.device)
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
+        self._given_optimizer = self.optimizer is not None
+        self._average: WeightAverage | None = None
+        decay: float | None = getattr(args, "ema", None)
+        if decay is not None:
+            self._average = WeightAverage(model, decay)
+            self.add_callback(self._average)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kw: Any) -> Any:
+        """Trainer's; with ``ema`` the model holds the averaged weights at its end."""
+        if self._average is not None and resume_from_checkpoint:
+            found = resume_from_checkpoint
+            if found is True:
+                found = get_last_checkpoint(self.args.output_dir)
+            self._average.resumed_from = Path(found) if found else None
+        return super().train(resume_from_checkpoint, *args, **kw)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, of the averaged weights where the arguments have ``ema``."""
+        with self._averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._average is None else self._average.in_place()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's, with parameter groups of their own for `rates.rate_factors`."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = {key: getattr(self.args, key, 1.0) for key in ("small_rate", "embedding_rate")}
+        if any(rate != 1 for rate in rates.values()):
+            if self._given_optimizer:
+                raise DistillError(
+                    f"DistillTrainer(optimizers=...) with {rates}: the rates of a given optimizer "
+                    "are its own. Leave one of the two out."
+                )
+            model: Any = self.model
+            if fresh:
+                split_groups(optimizer, rate_factors(model, **rates))
+        return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the teacher's columns: DistilBERT reads no token_type_ids, a BERT teacher does."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: list[str] = list(self._signature_columns or ())
-            extra = self._teacher_inputs - set(columns)
+            extra = {*self._teacher_inputs, TEACHER_LOGITS} - set(columns)
             self._signature_columns: Any = [*columns, *sorted(extra)]
 
     def compute_loss(
@@ -141,11 +197,46 @@ class DistillTrainer(Trainer):
         """
         if self.teacher is None or self._teacher_taps is None:
             return None
+        if TEACHER_LOGITS in inputs:
+            logits = inputs[TEACHER_LOGITS]
+            return Captured(outputs=SequenceClassifierOutput(logits=logits))
         given = _only(inputs, self._teacher_inputs, self.label_names)
         with torch.no_grad(), self.accelerator.autocast():
             with self._teacher_taps.capture() as captured:
                 self.teacher(**given)
         return captured
+
+    def objective_losses(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Every active term's mean loss on ``batches``, before its weight: nothing is trained, and
+        no random number is drawn.
+
+        In eval mode, under the training's autocast. A batch counts by its rows, so the means are
+        exact for terms that are means over rows of one length."""
+        model = self.accelerator.unwrap_model(self.model)
+        dropped = self.label_names if self.objective.label_tap is None else ()
+        sums: dict[str, Tensor] = {}
+        rows, was_training = 0, model.training
+        model.eval()
+        try:
+            with self._averaged():
+                for batch in batches:
+                    inputs = self._prepare_inputs(dict(batch))
+                    teacher = self._teach(inputs)
+                    with torch.no_grad(), self.accelerator.autocast():
+                        with self._student_taps.capture() as student:
+                            model(**_only(inputs, self._student_inputs, dropped))
+                    count = len(next(iter(inputs.values())))
+                    losses = term_losses(
+                        self.objective, student, teacher, _token_mask(inputs), self.layers
+                    )
+                    for name, loss in losses.items():
+                        sums[name] = sums.get(name, torch.zeros_like(loss)) + count * loss.float()
+                    rows += count
+        finally:
+            model.train(was_training)
+        if not rows:
+            raise DistillError("objective_losses: no batch. Give one row at least.")
+        return {name: float(total) / rows for name, total in sums.items()}
 
     def _record(self, losses: Mapping[str, Tensor]) -> None:
         for name, loss in losses.items():

@@ -1,0 +1,79 @@
+"""What a stage changes of its student while it trains: attention on a CPU, and dropout."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from kronbert.distill import Objective, Stage, Term
+from kronbert.distill.cpu_attention import plain_attention
+from kronbert.distill.dropout import dropout_set_to
+from kronbert.errors import DistillError
+
+SIZES = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+BERT = transformers.BertConfig(**SIZES, intermediate_size=48)
+MODERN = transformers.ModernBertConfig(
+    **SIZES, intermediate_size=48, attention_dropout=0.2, pad_token_id=0
+)
+
+
+def model(config):
+    return transformers.AutoModel.from_config(config, attn_implementation="sdpa")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's attention")
+def test_attention_is_plain_within_and_the_same_after():
+    torch.manual_seed(0)
+    bert = model(BERT).eval()
+    ids = torch.randint(0, 50, (3, 7))
+    before = bert(ids).last_hidden_state
+    with plain_attention(bert):
+        assert bert.config._attn_implementation == "eager"
+        within = bert(ids, output_attentions=True)
+    assert within.attentions is not None  # SDPA gives none
+    assert len(within.attentions) == 2
+    torch.testing.assert_close(within.last_hidden_state, before)
+    assert bert.config._attn_implementation == "sdpa"
+
+
+def test_another_attention_is_left_alone():
+    bert = transformers.AutoModel.from_config(BERT, attn_implementation="eager")
+    with plain_attention(bert):
+        assert bert.config._attn_implementation == "eager"
+    assert bert.config._attn_implementation == "eager"
+    with plain_attention(nn.Linear(2, 2)):
+        pass
+
+
+def test_attention_comes_back_after_an_error():
+    bert = model(BERT)
+    with pytest.raises(KeyError), plain_attention(bert):
+        raise KeyError
+    assert bert.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("config", [BERT, MODERN], ids=["bert", "modernbert"])
+def test_without_dropout_training_mode_gives_evaluation_s_numbers(config):
+    torch.manual_seed(0)
+    student = model(config).train()
+    ids = torch.randint(1, 50, (3, 7))
+    dropped = student(ids).last_hidden_state
+    with dropout_set_to(student, 0.0):
+        plain = student(ids).last_hidden_state
+    torch.testing.assert_close(plain, student.eval()(ids).last_hidden_state)
+    torch.manual_seed(1)
+    again = student.train()(ids).last_hidden_state
+    torch.manual_seed(1)
+    with dropout_set_to(student, None):
+        same = student(ids).last_hidden_state
+    assert torch.equal(again, same)
+    assert not torch.allclose(dropped, plain)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0, 1.5])
+def test_a_stage_refuses_what_is_no_probability(wrong):
+    objective = Objective(terms=(Term(tap="labels"),))
+    with pytest.raises(DistillError, match=r"dropout=.*expected a probability in \[0, 1\)"):
+        Stage(name="s", objective=objective, learning_rate=1e-3, epochs=1, dropout=wrong)
+    stage = Stage(name="s", objective=objective, learning_rate=1e-3, epochs=1, dropout=0.0)
+    assert Stage.from_json(stage.to_json()).dropout == 0.0

@@ -1,0 +1,246 @@
+"""The teacher's logits on disk: the same numbers, one computation, no teacher in training."""
+
+import copy
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+)
+
+from kronbert.distill import Objective, Stage, Term, teacher_cache
+from kronbert.distill.data import load_folder, tokenize
+from kronbert.distill.finetune import run_stage
+from kronbert.distill.teacher_cache import (
+    TEACHER_LOGITS,
+    model_digest,
+    rows_digest,
+    with_teacher_logits,
+)
+from kronbert.errors import DistillError
+
+SOFT = Objective(terms=(Term(tap="logits", loss="kl", temperature=2.0),))
+STAGE = Stage(name="task", objective=SOFT, learning_rate=1e-3, epochs=1, batch_size=16,
+              cache_teacher=True)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bert):
+    return AutoTokenizer.from_pretrained(tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_task, tokenizer):
+    return tokenize(load_folder(tiny_task), tokenizer)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many batches the teachers have seen."""
+    seen = []
+    real = teacher_cache._logits
+
+    def counted(teacher, batch, autocast):
+        seen.append(len(batch["input_ids"]))
+        return real(teacher, batch, autocast)
+
+    monkeypatch.setattr(teacher_cache, "_logits", counted)
+    return seen
+
+
+def model_of(folder, seed=1):
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def a_teacher(folder):
+    model = model_of(folder, 2)
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    return model
+
+
+def one_by_one(teacher, rows, tokenizer):
+    collate = DataCollatorWithPadding(tokenizer)
+    keys = ("input_ids", "attention_mask", "token_type_ids")
+    with torch.no_grad():
+        return np.stack([
+            teacher(**collate([{k: row[k] for k in keys if k in row}])).logits[0].numpy()
+            for row in rows
+        ])  # fmt: skip
+
+
+def test_every_row_has_its_own_logits(tiny_bert, rows, tokenizer, tmp_path):
+    teacher = a_teacher(tiny_bert).train()  # dropout would show
+    train = rows.train.shuffle(seed=3)
+    out = with_teacher_logits(train, teacher, tmp_path, tokenizer=tokenizer, batch_size=7)
+    expected = one_by_one(teacher.eval(), train, tokenizer)
+    assert np.ptp(expected, axis=0).min() > 1  # rows differ: a wrong order would show
+    assert np.allclose(np.array(out[TEACHER_LOGITS]), expected, atol=1e-5)
+    assert out["input_ids"] == train["input_ids"]
+
+
+def test_computed_once(calls, tiny_bert, rows, tokenizer, tmp_path):
+    given = {"tokenizer": tokenizer, "batch_size": 64}
+    first = with_teacher_logits(rows.train, a_teacher(tiny_bert), tmp_path, **given)
+    assert calls == [64] * 4
+    said = []
+    again = with_teacher_logits(
+        rows.train, a_teacher(tiny_bert), tmp_path, say=said.append, **given
+    )
+    assert calls == [64] * 4
+    assert said[0].startswith("teacher's logits of 256 rows: ")
+    assert first[TEACHER_LOGITS] == again[TEACHER_LOGITS]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_digest_knows_what_matters(tiny_bert, rows):
+    inputs = rows.train.select_columns(["input_ids", "attention_mask"])
+    swapped = inputs.select([1, 0, *range(2, len(inputs))])
+    assert rows_digest(inputs) == rows_digest(inputs.select(range(len(inputs))))
+    assert rows_digest(inputs) != rows_digest(swapped)
+    # the same numbers, cut into rows elsewhere
+    cuts = [[[1, 2], [3]], [[1], [2, 3]]]
+    tables = [datasets.Dataset.from_dict({"input_ids": cut}) for cut in cuts]
+    assert rows_digest(tables[0]) != rows_digest(tables[1])
+    teacher = a_teacher(tiny_bert)
+    other = copy.deepcopy(teacher)
+    assert model_digest(teacher) == model_digest(other)
+    with torch.no_grad():
+        other.classifier.bias[0] += 1e-6
+    assert model_digest(teacher) != model_digest(other)
+    other = copy.deepcopy(teacher)
+    other.config.hidden_act = "relu"
+    assert model_digest(teacher) != model_digest(other)
+
+
+def test_an_interrupted_computation_goes_on(
+    monkeypatch, calls, tiny_bert, rows, tokenizer, tmp_path
+):
+    monkeypatch.setattr(teacher_cache, "SAVED_EVERY", 2)
+    given = {"tokenizer": tokenizer, "batch_size": 16}
+    whole = with_teacher_logits(rows.train, a_teacher(tiny_bert), tmp_path / "a", **given)
+    assert len(calls) == 16
+    teacher, left = a_teacher(tiny_bert), [5]
+
+    def cut(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    handle = teacher.register_forward_pre_hook(cut)
+    with pytest.raises(KeyboardInterrupt):
+        with_teacher_logits(rows.train, teacher, tmp_path / "b", **given)
+    handle.remove()
+    assert sorted(p.suffix for p in (tmp_path / "b").iterdir()) == [".json", ".part"]
+    calls.clear()
+    again = with_teacher_logits(rows.train, teacher, tmp_path / "b", **given)
+    assert len(calls) == 12  # four of five were noted
+    assert again[TEACHER_LOGITS] == whole[TEACHER_LOGITS]
+    assert [p.suffix for p in (tmp_path / "b").iterdir()] == [".npy"]
+
+
+def test_a_stage_learns_the_same_without_running_the_teacher(
+    tiny_bert, rows, tokenizer, tmp_path, calls
+):
+    given = {"tokenizer": tokenizer, "precision": "fp32"}
+    plain, cached = model_of(tiny_bert), model_of(tiny_bert)
+    logs = [
+        run_stage(model, a_teacher(tiny_bert), stage, rows, tmp_path / name / "run", **given)
+        for model, stage, name in (
+            (plain, replace(STAGE, cache_teacher=False), "plain"), (cached, STAGE, "cached"),
+        )
+    ]  # fmt: skip
+    assert len(calls) == 4
+    assert len(list((tmp_path / "cached" / "teacher-logits").glob("*.npy"))) == 1
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(cached.state_dict()[name], value, atol=2e-4), name
+    start = model_of(tiny_bert).state_dict()["bert.embeddings.word_embeddings.weight"]
+    moved = (cached.state_dict()["bert.embeddings.word_embeddings.weight"] - start).abs().max()
+    assert moved > 2e-3
+    losses = [[row["loss_logits"] for row in log if "loss_logits" in row] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+    def never(*args):
+        raise AssertionError("the teacher was run")
+
+    teacher = a_teacher(tiny_bert)
+    teacher.register_forward_pre_hook(never)
+    run_stage(
+        model_of(tiny_bert), teacher, STAGE, rows, tmp_path / "third" / "run",
+        cache=tmp_path / "cached" / "teacher-logits", max_steps=2, **given,
+    )  # fmt: skip
+
+
+def test_bf16_has_logits_of_its_own(calls, tiny_bert, rows, tokenizer, tmp_path):
+    teacher = a_teacher(tiny_bert)
+    for autocast in (None, torch.bfloat16):
+        with_teacher_logits(rows.train, teacher, tmp_path, tokenizer=tokenizer, autocast=autocast)
+    exact, rounded = (np.load(p) for p in sorted(tmp_path.glob("*.npy"), key=lambda p: p.stat()
+                                                 .st_mtime_ns))  # fmt: skip
+    difference = np.abs(exact - rounded).max()
+    assert 0 < difference < 0.1
+
+
+@pytest.mark.parametrize(
+    ("terms", "needed"),
+    [
+        ((Term(tap="logits"), Term(tap="ffn")), "ffn, logits"),
+        ((Term(tap="labels"),), "nothing"),
+    ],
+)
+def test_other_taps_are_refused(terms, needed):
+    with pytest.raises(DistillError, match=f"only the teacher's logits are kept.*needs {needed}"):
+        replace(STAGE, objective=Objective(terms=terms))
+
+
+def test_labels_beside_the_logits_are_fine(tiny_bert, rows, tokenizer, tmp_path):
+    both = Objective(terms=(*SOFT.terms, Term(tap="labels", weight=0.5)))
+    log = run_stage(
+        model_of(tiny_bert), a_teacher(tiny_bert), replace(STAGE, objective=both), rows,
+        tmp_path / "run", tokenizer=tokenizer, precision="fp32", max_steps=3,
+    )  # fmt: skip
+    row = next(row for row in log if "loss_labels" in row)
+    assert row["loss"] == pytest.approx(row["loss_logits"] + 0.5 * row["loss_labels"], rel=1e-5)
+
+
+def test_what_has_no_vector_per_row(tiny_bert, rows, tokenizer, tmp_path):
+    with pytest.raises(DistillError, match="only one vector per row is kept"):
+        with_teacher_logits(
+            rows.train, AutoModelForMaskedLM.from_pretrained(tiny_bert), tmp_path,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+    broken = a_teacher(tiny_bert)
+    with torch.no_grad():
+        broken.classifier.bias.fill_(float("nan"))
+    with pytest.raises(DistillError, match=r"logits of row \d+ are not finite"):
+        with_teacher_logits(rows.train, broken, tmp_path, tokenizer=tokenizer)
+
+
+def test_what_does_not_go_together_is_said_before_the_computation(
+    calls, tiny_bert, rows, tokenizer, tmp_path
+):
+    teacher = a_teacher(tiny_bert)
+    with pytest.raises(DistillError, match="the terms logits need a teacher"):
+        run_stage(model_of(tiny_bert), None, STAGE, rows, tmp_path / "run", tokenizer=tokenizer)
+    with pytest.raises(DistillError, match="share the parameter"):
+        run_stage(teacher, teacher, STAGE, rows, tmp_path / "run", tokenizer=tokenizer)
+    assert calls == []
+
+
+def test_stage_survives_json():
+    assert Stage.from_json(STAGE.to_json()) == STAGE
