@@ -72,8 +72,8 @@ class Stage:
             )
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise DistillError(
-                f"Stage({self.name!r}, dropout={self.dropout!r}): expected a probability in [0, 1), "
-                "or None for the model's own."
+                f"Stage({self.name!r}, dropout={self.dropout!r}): expected a probability in [0, "
+                "1), or None for the model's own."
             )
         check_switches(f"Stage({self.name!r})", self.ema, self.small_rate, self.embedding_rate)
         if self.cache_teacher and self.objective.teacher_taps != {"logits"}:

@@ -6,7 +6,7 @@ chunked CPU engine, or a Triton kernel. `kronbert.fusion` puts them under a mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import cpu, cuda, functional
+from . import cpu, cpu_blocks, cuda, functional
+from .errors import ShapeError
 from .forms import CHUNK_BYTES
 
 Gelu = Literal["exact", "fast"]
@@ -56,9 +57,25 @@ def residual_norm(
     dropout: the probability in this call, 0 in evaluation."""
     if cuda.takes(x):
         return cuda.residual_norm(x, residual, norm, dropout)
+    made = None if dropout else cpu_blocks.residual_norm(x, residual, norm)
+    if made is not None:
+        return made
     x = F.dropout(x, dropout) if dropout else x
     x = x if residual is None else residual + x
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def add_norm(
+    x: Tensor, residual: Tensor, norm: Norm, *, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """``total = residual + dropout(x)`` and ``LN(total)``: x, residual, both out (..., width).
+
+    What a layer that norms before its halves needs between them. total is in the wider dtype of x
+    and residual, under autocast too."""
+    if cuda.takes(x) and cuda.takes(residual):
+        return cuda.add_norm(x, residual, norm, dropout)
+    total = residual + (F.dropout(x, dropout) if dropout else x)
+    return total, F.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 def qkv(x: Tensor, query: Linear, key: Linear, value: Linear) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +91,21 @@ def qkv(x: Tensor, query: Linear, key: Linear, value: Linear) -> tuple[Tensor, T
     return q, k, v
 
 
+def attention(
+    x: Tensor,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    heads: int,
+    scale: float,
+    mask: Tensor | None = None,
+) -> Tensor | None:
+    """``softmax(scale q kᵀ + mask) v`` of x's three maps: x (batch, tokens, width) -> (batch,
+    tokens, heads * head width). mask (batch or 1, 1, tokens or 1, tokens): True for a key that is
+    seen, or numbers to add to the scores. None where no engine has it in one call."""
+    return cpu_blocks.attention(x, (query, key, value), heads, scale, mask)
+
+
 def linear_norm(
     x: Tensor, linear: Linear, residual: Tensor, norm: Norm, *, dropout: float = 0.0
 ) -> Tensor:
@@ -81,6 +113,9 @@ def linear_norm(
     if cuda.takes(x):
         x, groups, _, bias = functional.checked("linear_norm", x, *linear)
         return cuda.linear_norm(x, groups, bias, residual, norm, dropout)
+    made = None if dropout else cpu_blocks.linear_norm(x, linear, residual, norm)
+    if made is not None:
+        return made
     y = functional.kron_linear(x, *linear)
     if not dropout and cpu.in_place(y) and y.dtype == residual.dtype and y is not residual:
         return residual_norm(y.add_(residual), None, norm)
@@ -96,7 +131,10 @@ def ffn(x: Tensor, expand: Linear, contract: Linear, *, gelu: Gelu = "exact") ->
         x, groups, _, bias = functional.checked("ffn", x, *expand)
         return functional.kron_linear(cuda.expand_gelu(x, groups, bias, gelu), *contract)
     if cpu.in_place(x):
-        return _ffn_in_chunks(x, expand, contract)
+        made = cpu_blocks.ffn(x, expand, contract)
+        if made is not None:
+            return made
+        return _in_chunks(x, expand, lambda part: _ffn_over(part, expand, contract))
     if cpu.takes(x, ()):
         return checkpoint(_ffn, x, expand, contract, use_reentrant=False, preserve_rng_state=False)
     return _ffn(x, expand, contract)
@@ -104,6 +142,49 @@ def ffn(x: Tensor, expand: Linear, contract: Linear, *, gelu: Gelu = "exact") ->
 
 def _ffn(x: Tensor, expand: Linear, contract: Linear) -> Tensor:
     return functional.kron_linear(F.gelu(functional.kron_linear(x, *expand)), *contract)
+
+
+def gated_ffn(
+    x: Tensor,
+    expand: Linear,
+    contract: Linear,
+    *,
+    gelu: Gelu = "exact",
+    dropout: float = 0.0,
+) -> Tensor:
+    """``contract(dropout(gelu(u) * g))``, u and g the halves of ``expand(x)``: x (..., width) ->
+    (..., width). GeGLU (Shazeer 2020), as ModernBERT has it.
+
+    Raises `ShapeError` unless expand gives twice what contract takes. On a CPU, eager, without
+    dropout, the backward pass makes u and g anew instead of keeping them."""
+    _require_halves(expand, contract)
+    if cuda.takes(x):
+        pair = functional.kron_linear(x, *expand)
+        return functional.kron_linear(cuda.gated(pair, gelu, dropout), *contract)
+    if cpu.in_place(x):
+        return _in_chunks(x, expand, lambda part: _gated_ffn(part, expand, contract, dropout))
+    if not dropout and cpu.takes(x, ()):
+        return checkpoint(
+            _gated_ffn, x, expand, contract, use_reentrant=False, preserve_rng_state=False
+        )
+    return _gated_ffn(x, expand, contract, dropout)
+
+
+def _gated_ffn(x: Tensor, expand: Linear, contract: Linear, dropout: float = 0.0) -> Tensor:
+    u, g = functional.kron_linear(x, *expand).chunk(2, -1)
+    hidden = F.gelu(u)
+    hidden = hidden.mul_(g) if cpu.in_place(hidden) else hidden * g
+    return functional.kron_linear(F.dropout(hidden, dropout) if dropout else hidden, *contract)
+
+
+def _require_halves(expand: Linear, contract: Linear) -> None:
+    (_, a_out, _), (_, b_out, _) = expand.a[0].shape, expand.b[0].shape
+    inner = contract.a[0].shape[2] * contract.b[0].shape[2]
+    if a_out * b_out != 2 * inner:
+        raise ShapeError(
+            f"gated_ffn: expand gives {a_out * b_out}, contract takes {inner}: expected twice as "
+            "much, what is activated and its gate. Check which layers they come from."
+        )
 
 
 def ffn_norm(
@@ -131,6 +212,9 @@ def ffn_norm(
         )
         if made is not None:
             return made
+    made = None if dropout else cpu_blocks.ffn_norm(x, expand, contract, norm)
+    if made is not None:
+        return made
     y = ffn(x, expand, contract, gelu=gelu)
     if not dropout and cpu.in_place(y):
         return residual_norm(y.add_(x), None, norm)
@@ -168,16 +252,17 @@ def embed_norm(
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def _ffn_in_chunks(x: Tensor, expand: Linear, contract: Linear) -> Tensor:
-    """`ffn` without gradients, so many rows at a time that the hidden stays small."""
+def _in_chunks(x: Tensor, expand: Linear, part: Callable[[Tensor], Tensor]) -> Tensor:
+    """``part`` of x's rows, so many at a time that what ``expand`` makes of them stays small."""
     rows = x.reshape(-1, x.shape[-1])
     wide = expand.a[0].shape[1] * expand.b[0].shape[1]
     step = max(CHUNK_BYTES // (wide * x.element_size()), 1)
-    parts = [
-        functional.kron_linear(
-            torch.ops.aten.gelu_(functional.kron_linear(part, *expand)), *contract
-        )
-        for part in rows.split(step)
-    ]
+    parts = [part(chunk) for chunk in rows.split(step)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _ffn_over(x: Tensor, expand: Linear, contract: Linear) -> Tensor:
+    """`ffn` without gradients: the hidden layer is written over."""
+    hidden = cpu_blocks.bias_gelu_(functional.kron_linear(x, expand.a, expand.b), expand.bias)
+    return functional.kron_linear(hidden, *contract)

@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import cpu_calibrate
+from . import cpu_calibrate, native
 from .cpu_cost import CostTable
 from .forms import (
     DENSE,
     FEW_ROWS,
     Form,
+    Matrices,
     chunk_rows,
     packed,
-    packed_all,
     plain_product,
     prepare,
+    ready,
     run,
     run_in_chunks,
     weight,
@@ -39,6 +40,7 @@ from .shapes import Groups, KroneckerShape
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 Run = Callable[[Tensor, Tensor | None], Tensor]
+Key = int | tuple[str, int]
 
 PLAIN = (Tensor, nn.Parameter)
 """Tensors whose numbers can be read: no fake, batched or otherwise wrapped ones."""
@@ -65,19 +67,18 @@ def tables() -> dict[str, CostTable]:
 
 
 class Kept:
-    """The ways one layer's product runs, by number of rows, and what they were made from."""
+    """The ways one product runs, by number of rows, and what they were made from."""
 
     __slots__ = ("bias", "dtype", "inner", "runs", "sources")
 
-    def __init__(self, pairs: Pairs, bias: Tensor | None, inner: int) -> None:
-        key = id(pairs[0][0])
+    def __init__(self, key: Key, pairs: Pairs, bias: Tensor | None, inner: int) -> None:
         self.sources = [
             (weakref.ref(t, lambda _: _KEPT.pop(key, None)), t._version, t.data_ptr())
             for t in (*(a for a, _ in pairs), *(b for _, b in pairs))
         ]
         self.bias = None if bias is None else weakref.ref(bias)
         self.dtype, self.inner = pairs[0][0].dtype, inner
-        self.runs: dict[int, Run] = {}
+        self.runs: dict[int, Any] = {}
 
     def holds(self, a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether the layer is the same and unchanged."""
@@ -92,8 +93,18 @@ class Kept:
         return True
 
 
-_KEPT: dict[int, Kept] = {}
-"""By the id of a layer's first matrix; entries leave with their tensors."""
+_KEPT: dict[Key, Kept] = {}
+"""A layer's under the id of its first matrix; entries leave with their tensors."""
+
+
+def kept(key: Key, pairs: Pairs, bias: Tensor | None, inner: int) -> Kept:
+    """What is kept under ``key``: made from these matrices as they are, else new and empty."""
+    found = _KEPT.get(key)
+    a, b = zip(*pairs, strict=True)
+    if found is None or not found.holds(a, b, bias):
+        _forget_after_steps()
+        found = _KEPT[key] = Kept(key, pairs, bias, inner)
+    return found
 
 
 def recall(
@@ -101,23 +112,23 @@ def recall(
 ) -> Tensor | None:
     """The product, if this layer ran before with as many rows (to a power of two) and none of it
     has changed since; else None. At one row of a narrow layer every check shows: 2 us in all."""
-    kept = _KEPT.get(id(a[0])) if a else None
+    found = _KEPT.get(id(a[0])) if a else None
     if (
-        kept is None
-        or x.dtype is not kept.dtype
+        found is None
+        or x.dtype is not found.dtype
         or type(x) is not Tensor
         or not x.is_cpu
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or not _eager()
-        or not kept.holds(a, b, bias)
+        or not found.holds(a, b, bias)
     ):
         return None
     sizes = x.shape
-    if not sizes or sizes[-1] != kept.inner:
+    if not sizes or sizes[-1] != found.inner:
         return None
-    found = kept.runs.get(bucket(x.numel() // kept.inner))
-    return None if found is None else found(x, bias)
+    call = found.runs.get(bucket(x.numel() // found.inner))
+    return None if call is None else call(x, bias)
 
 
 def linear(x: Tensor, pairs: Pairs, shapes: Groups, bias: Tensor | None) -> Tensor:
@@ -134,14 +145,7 @@ def linear(x: Tensor, pairs: Pairs, shapes: Groups, bias: Tensor | None) -> Tens
         return _sum(forms, shapes, rows, pairs, bias).view(*x.shape[:-1], shapes[0].out_features)
     call = _runner(forms, shapes, pairs, n)
     if keep and n:
-        first = pairs[0][0]
-        kept = _KEPT.get(id(first))
-        a, b = zip(*pairs, strict=True)
-        if kept is None or len(kept.sources) != 2 * len(a) or not kept.holds(a, b, bias):
-            _forget_after_steps()
-            kept = Kept(pairs, bias, x.shape[-1])
-            _KEPT[id(first)] = kept
-        kept.runs[bucket(n)] = call
+        kept(id(pairs[0][0]), pairs, bias, x.shape[-1]).runs[bucket(n)] = call
     return call(x, bias)
 
 
@@ -223,24 +227,32 @@ def _runner(forms: tuple[Form, ...], shapes: Groups, pairs: Pairs, n: int) -> Ru
             for pair in pairs[1:]:
                 dense += weight(*pair)
             return partial(_dense, packed(dense, n))
-        ready = [
-            # Cloned: a view would keep the parameter alive, and show changes half.
-            (form, shape, packed_all(form, tuple(m.clone() for m in prepare(form, *pair)), n))
+        kernels = native.library() is not None
+        parts = [
+            _ready(form, shape, pair, n, kernels)
             for form, shape, pair in zip(forms, shapes, pairs, strict=True)
         ]
     inner, out = shapes[0].in_features, shapes[0].out_features
-    step = min(chunk_rows(form, shape, pairs[0][0].element_size()) for form, shape, _ in ready)
+    step = min(chunk_rows(form, shape, pairs[0][0].element_size()) for form, shape, _ in parts)
 
     def call(x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, inner).contiguous()
         each = run if rows.shape[0] <= step else run_in_chunks
-        form, shape, matrices = ready[0]
-        y = each(form, shape, rows, matrices, bias)
-        for form, shape, matrices in ready[1:]:
-            y += each(form, shape, rows, matrices, None)
+        form, shape, matrices = parts[0]
+        y = each(form, shape, rows, matrices, bias, kernels=kernels)
+        for form, shape, matrices in parts[1:]:
+            y += each(form, shape, rows, matrices, None, kernels=kernels)
         return y.view(*x.shape[:-1], out)
 
     return call
+
+
+def _ready(
+    form: Form, shape: KroneckerShape, pair: tuple[Tensor, Tensor], n: int, kernels: bool
+) -> tuple[Form, KroneckerShape, Matrices]:
+    """Matrices of their own: a view would keep the parameter alive, and show changes half."""
+    matrices = tuple(matrix.clone() for matrix in prepare(form, *pair))
+    return form, shape, ready(form, shape, matrices, n, kernels=kernels)
 
 
 def _dense(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

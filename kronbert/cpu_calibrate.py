@@ -18,6 +18,7 @@ from time import perf_counter
 
 import torch
 
+from . import native
 from .cpu_cost import CostTable, Grid, Primitive, load_tables, shipped_tables
 from .errors import ReportError
 from .forms import packed, plain_product
@@ -67,17 +68,20 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def cache_file() -> Path:
-    """Where this machine's tables lie: in KRONBERT_CACHE, else the user's cache folder."""
+def cache_folder() -> Path:
+    """Where what was made on this machine lies: KRONBERT_CACHE, else the user's cache folder."""
     base = os.environ.get("KRONBERT_CACHE")
     if base:
-        folder = Path(base)
-    elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Caches" / "kronbert"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kronbert"
+        return Path(base)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "kronbert"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kronbert"
+
+
+def cache_file() -> Path:
+    """This machine's tables, in `cache_folder`."""
     key = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()[:12]
-    return folder / f"cpu-{key}.json"
+    return cache_folder() / f"cpu-{key}.json"
 
 
 def tables() -> tuple[dict[str, CostTable], Path | None]:
@@ -106,6 +110,9 @@ def measure(dtype: torch.dtype) -> CostTable:
 
     def mix(batch: int, p: int, q: int, width: int) -> Callable[[], object]:
         small, slices = _random(dtype, p, q), _random(dtype, batch, q, width)
+        if width % native.LANES == 0 and q <= native.SLICES and native.library() is not None:
+            matrix = small.float()
+            return lambda: native.mix(slices, matrix, None)
         return lambda: torch.bmm(small.expand(batch, -1, -1), slices)
 
     def turn(elements: int, p: int, q: int) -> Callable[[], object]:

@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from . import native
 from .errors import ReportError
 from .forms import DENSE, LOW_RANK, Form, chunk_rows, forms_of
 from .shapes import Groups, KroneckerShape
@@ -25,10 +26,11 @@ MARGIN = 1.2
 """A factored form must be predicted this much faster than the dense one: most predictions lay
 within a fifth of what was measured after."""
 
-FOLD = 1.1
-"""A folded form is charged this much more than predicted: its matrices are larger than those of the
-others, and in a model of many layers none lies in cache when its turn comes. Without it k21's wide
-layer was folded in bfloat16, and the encoder 0.93 times as fast at 1,024 rows."""
+COLD_US_PER_BYTE, COLD_ROWS = 3e-5, 16
+"""What reading a form's matrices costs beside its primitives, which were timed with theirs in
+cache: in a model of many layers none lies there when its turn comes (768x768 in bfloat16 on 128
+rows: 92 us alone, 136 in an encoder). From so many rows on; below, a table of one layer alone is
+what `nn.Linear` is compared with."""
 
 STAGE_US = 4.0
 """Views and calls around a stage, beside its primitives: what decides at one row."""
@@ -104,6 +106,8 @@ class CostTable:
         whole = (n // step) * self._chunk_us(form, shape, step)
         return whole + (self._chunk_us(form, shape, n % step) if n % step else 0.0)
 
+    # A gather or spread costs what a turn of as many numbers does: 0.9 to 1.4 times, 16 to 4,096
+    # rows of 768 in slices of 2 and 16.
     def _chunk_us(self, form: Form, shape: KroneckerShape, n: int) -> float:
         s, gemm = shape, self.gemm.us
         out, inner, add = s.out_features, s.in_features, self.add.us(n * s.out_features)
@@ -114,10 +118,15 @@ class CostTable:
         if form.order == "b":
             middle = s.a_in * s.rank  # per output of b
             width = middle * s.b_out
-            if form.first == "fold":
+            if form.first == "gather":
+                first = self.turn.us(n * inner, s.a_in, s.b_in)
+            elif form.first == "fold":
                 first = gemm(n, width, inner)
             else:
                 first = gemm(n * s.a_in, s.rank * s.b_out, s.b_in)
+            if form.second == "spread":
+                spread = self.turn.us(n * out, s.b_out, s.a_out)
+                return first + gemm(n * s.b_out, s.a_out, middle) + spread
             if form.second == "mix":
                 return first + self.mix.us(n, s.a_out, middle, s.b_out) + add
             if form.second == "fold":
@@ -146,15 +155,18 @@ class CostTable:
         first = groups[0]
         dense_numbers = first.out_features * first.in_features
         passes = 3 if fresh else 1  # backward costs two forwards
-        dense = passes * self.form_us(DENSE, first, n)
+        cold = COLD_US_PER_BYTE * self.itemsize if n >= COLD_ROWS else 0.0
+        dense = passes * self.form_us(DENSE, first, n) + cold * dense_numbers
         if fresh:
             dense += sum(_rebuilt_us(shape) for shape in groups)
+        kernels = not fresh and native.library() is not None
         picks, total = [], 0.0
         for shape in groups:
             costs = {
                 form: 2 * STAGE_US
-                + passes * self.form_us(form, shape, n) * (FOLD if "fold" in form else 1.0)
-                for form in forms_of(shape)
+                + passes * self.form_us(form, shape, n)
+                + cold * prepared_numbers(form, shape)
+                for form in forms_of(shape, kernels=kernels)
                 if form != DENSE
                 and not (fresh and "fold" in form)
                 and prepared_numbers(form, shape) <= GROWTH * dense_numbers

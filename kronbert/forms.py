@@ -1,31 +1,33 @@
 """The ways to run ``x · (sum_r a[r] ⊗ b[r])ᵀ`` on a CPU, each made of plain matrix products.
 
 A product has two stages, one per matrix, in either order. The stage of the large matrix on
-contiguous rows is one plain product ("rows"). The other stage has three forms:
+contiguous rows is one plain product ("rows"). The other stage has four forms:
 
-    mix   a small matrix over slices: a batched product, with the slices as they lie
-    turn  the slices are transposed, multiplied as plain rows, and transposed back
-    fold  the stage as one dense matrix (a ⊗ I or I ⊗ b): more FLOPs, no copies
+    mix     a small matrix over slices: a batched product, with the slices as they lie
+    turn    the slices are transposed, multiplied as plain rows, and transposed back
+    fold    the stage as one dense matrix (a ⊗ I or I ⊗ b): more FLOPs, no copies
+    gather  a tiny ``b`` and the transposition in one pass (`kronbert.native`); "spread" is the way
+            back after ``a``, the bias included
 
 "dense" multiplies the weight out. Which is fastest depends on sizes, rows, dtype and machine:
-`kronbert.cpu_cost` predicts it. All are differentiable, in the input and in the matrices.
+`kronbert.cpu_cost` predicts it. All but gather are differentiable, in the input and in the
+matrices; without gradients `kernels=True` lets the kernels mix, too.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
+from .form_matrices import STAGES, Form
 from .shapes import KroneckerShape
 
 Matrices = tuple[Tensor, ...]
-
 
 CHUNK_BYTES, FEWEST_ROWS = 2**25, 64
 """Bytes that a chunk of rows holds between the stages, and its rows at least. On a 2-core Xeon
@@ -33,23 +35,9 @@ CHUNK_BYTES, FEWEST_ROWS = 2**25, 64
 chunks, as each one pays for its calls. What this bounds is memory, and the pages that tensors of
 tens of megabytes cost anew at every call: 1.4 times as fast for wide float32 maps of 4,096 rows."""
 
-
 PACKED_SIDE, FEW_ROWS = 32, 4
 """A matrix with a smaller side is not packed: (2, 16) was 5 times slower so. Up to so many rows a
 bias costs less inside a product than after it."""
-
-
-class Form(NamedTuple):
-    """order: which matrix meets the input first, "" for the dense form; then the form of its stage
-    and that of the other's."""
-
-    order: str
-    first: str
-    second: str
-
-    def __str__(self) -> str:
-        return f"{self.order}:{self.first}+{self.second}" if self.order else "dense"
-
 
 DENSE = Form("", "", "")
 LOW_RANK = Form("b", "rows", "rows")
@@ -68,10 +56,28 @@ FORMS = (
     Form("a", "turn", "fold"),
 )
 
+GATHERED = (Form("b", "gather", "spread"), Form("b", "gather", "fold"))
+"""Forms of the kernels, without gradients."""
 
-def forms_of(shape: KroneckerShape) -> tuple[Form, ...]:
-    """The forms that a product of this shape can take."""
-    return (DENSE, LOW_RANK) if shape.low_rank else FORMS
+
+def forms_of(shape: KroneckerShape, *, kernels: bool = False) -> tuple[Form, ...]:
+    """The forms that a product of this shape can take. kernels: those of `kronbert.native` too."""
+    if shape.low_rank:
+        return DENSE, LOW_RANK
+    sides = (2, 4, 8, 16)
+    if not kernels or shape.b_in not in sides or shape.a_in % native.LANES:
+        return FORMS
+    spreads = shape.b_out in sides and shape.a_out % native.LANES == 0
+    return (*FORMS, *(GATHERED if spreads else GATHERED[1:]))
+
+
+def kernels_mix(form: Form, shape: KroneckerShape) -> bool:
+    """Whether the kernels can take this form's mix."""
+    if form.second == "mix":
+        width, slices = shape.b_out, shape.a_in * shape.rank
+    else:
+        width, slices = shape.b_in, shape.a_in
+    return width % native.LANES == 0 and slices <= native.SLICES
 
 
 def weight(a: Tensor, b: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ def prepare(form: Form, a: Tensor, b: Tensor) -> Matrices:
         return (weight(a, b),)
     if form == LOW_RANK:
         return b[:, 0].contiguous(), a[:, :, 0].T.contiguous()
-    first, second = _STAGES[form]
+    first, second = STAGES[form]
     return first(a, b), second(a, b)
 
 
@@ -106,38 +112,51 @@ def run(
     matrices: Matrices,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    *,
+    kernels: bool = False,
 ) -> Tensor:
     """x (n, in) contiguous -> (n, out), with what ``prepare`` made.
 
-    out: contiguous (n, out), written instead of a new tensor; not differentiable then."""
+    out: contiguous (n, out), written instead of a new tensor; not differentiable then. kernels:
+    the matrices come from `ready`; no gradients."""
     if form == DENSE:
         return _last(x, matrices[0], bias, out)
     if form == LOW_RANK:
         return _last(plain_product(x, matrices[0]), matrices[1], bias, out)
     first, second = matrices
+    if form in GATHERED:
+        return _gathered(form, shape, x, first, second, bias, out)
     if form.second == "fold":
         return _last(_folded(form, shape, x, first), second, bias, out)
+    if kernels and "mix" in form and kernels_mix(form, shape):
+        return _mixed(form, shape, x, first, second, bias, out)
     y = (_b_first if form.order == "b" else _a_first)(form, shape, x, first, second, out)
     return y if bias is None else y.add_(bias)  # y is new, and no product's backward reads it
 
 
 def run_in_chunks(
-    form: Form, shape: KroneckerShape, x: Tensor, matrices: Matrices, bias: Tensor | None
+    form: Form,
+    shape: KroneckerShape,
+    x: Tensor,
+    matrices: Matrices,
+    bias: Tensor | None,
+    *,
+    kernels: bool = False,
 ) -> Tensor:
     """`run`, a few rows at a time: what lies between the stages stays in cache. No gradients."""
     n, step = x.shape[0], chunk_rows(form, shape, x.element_size())
     if n <= step:
-        return run(form, shape, x, matrices, bias)
+        return run(form, shape, x, matrices, bias, kernels=kernels)
     y = x.new_empty(n, shape.out_features)
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        run(form, shape, x[rows], matrices, bias, out=y[rows])
+        run(form, shape, x[rows], matrices, bias, out=y[rows], kernels=kernels)
     return y
 
 
 def chunk_rows(form: Form, shape: KroneckerShape, itemsize: int) -> int:
     """Rows that a form works on at a time."""
-    if "turn" not in form and "mix" not in form:
+    if not {"turn", "mix", "gather"} & set(form):
         return sys.maxsize  # plain products do their own blocking
     per_row = shape.rank * (
         shape.a_in * shape.b_out if form.order == "b" else shape.a_out * shape.b_in
@@ -196,6 +215,43 @@ def _a_first(
     return y.view(n, s.out_features)
 
 
+def _mixed(
+    form: Form,
+    shape: KroneckerShape,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """A form with a mix, by the kernels."""
+    n, s = x.shape[0], shape
+    if form.order == "b":
+        z = plain_product(x.view(n * s.a_in, s.b_in), first)
+        return native.mix(z.view(n, s.a_in * s.rank, s.b_out), second, bias, out)
+    z = native.mix(x.view(n, s.a_in, s.b_in), first, None)
+    into = None if out is None else out.view(n * s.a_out, s.b_out)
+    y = _last(z.view(n * s.a_out, s.rank * s.b_in), second, None, into).view(n, s.out_features)
+    return y if bias is None else y.add_(bias)
+
+
+def _gathered(
+    form: Form,
+    shape: KroneckerShape,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    n, s = x.shape[0], shape
+    z = native.gather(x, first, s.a_in)
+    if form.second == "fold":
+        return _last(z.view(n, -1), second, bias, out)
+    y = plain_product(z.view(n * s.b_out, s.rank * s.a_in), second)
+    return native.spread(y.view(n, s.b_out, s.a_out), bias, out)
+
+
 def plain_product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x · matrixᵀ + bias``, the matrix as it is or packed."""
     if matrix.is_mkldnn:
@@ -213,14 +269,19 @@ def packed(matrix: Tensor, n: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), n)
 
 
-def packed_all(form: Form, matrices: Matrices, n: int) -> Matrices:
-    """`packed`, for those of ``prepare``'s matrices that plain products take."""
+def ready(
+    form: Form, shape: KroneckerShape, matrices: Matrices, n: int, *, kernels: bool = False
+) -> Matrices:
+    """``prepare``'s matrices for `run` on about n rows: those of plain products `packed`, those of
+    the kernels in float32."""
     if form == LOW_RANK or form == DENSE:
         return tuple(packed(matrix, n) for matrix in matrices)
-    stages = (form.first, form.second)
+    if form in GATHERED:
+        return matrices[0].float(), packed(matrices[1], n)
+    mixes = kernels and kernels_mix(form, shape)
     return tuple(
-        matrix if stage == "mix" else packed(matrix, n)
-        for stage, matrix in zip(stages, matrices, strict=True)
+        packed(matrix, n) if stage != "mix" else matrix.float() if mixes else matrix
+        for stage, matrix in zip((form.first, form.second), matrices, strict=True)
     )
 
 
@@ -256,82 +317,3 @@ def _mix(matrix: Tensor, slices: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.bmm(small, slices).view(n, p * width)
     torch.bmm(small, slices, out=out.view(n, p, width))
     return out
-
-
-def _rows_b(a: Tensor, b: Tensor) -> Tensor:
-    """b's stage, first: (rank b_out, b_in), on rows of a_in slices."""
-    return b.reshape(-1, b.shape[2])
-
-
-def _fold_b(a: Tensor, b: Tensor) -> Tensor:
-    """b's stage, first, as one matrix: (b_out a_in rank, a_in b_in)."""
-    rank, b_out, b_in = b.shape
-    a_in = a.shape[2]
-    eye = torch.eye(a_in, dtype=b.dtype, device=b.device)
-    folded = b.permute(1, 0, 2)[:, None, :, None, :] * eye[None, :, None, :, None]
-    return folded.reshape(b_out * a_in * rank, a_in * b_in)
-
-
-def _mix_a(a: Tensor, b: Tensor) -> Tensor:
-    """a's stage, second: (a_out, a_in rank)."""
-    return a.permute(1, 2, 0).reshape(a.shape[1], -1)
-
-
-def _fold_a(a: Tensor, b: Tensor) -> Tensor:
-    """a's stage, second, as one matrix: (a_out b_out, a_in rank b_out)."""
-    rank, a_out, a_in = a.shape
-    b_out = b.shape[1]
-    eye = torch.eye(b_out, dtype=a.dtype, device=a.device)
-    folded = a.permute(1, 2, 0)[:, None, :, :, None] * eye[None, :, None, None, :]
-    return folded.reshape(a_out * b_out, a_in * rank * b_out)
-
-
-def _fold_a_turned(a: Tensor, b: Tensor) -> Tensor:
-    """The same for the order in which a folded b leaves its output: (..., b_out a_in rank)."""
-    rank, a_out, a_in = a.shape
-    b_out = b.shape[1]
-    eye = torch.eye(b_out, dtype=a.dtype, device=a.device)
-    folded = a.permute(1, 2, 0)[:, None, None, :, :] * eye[None, :, :, None, None]
-    return folded.reshape(a_out * b_out, b_out * a_in * rank)
-
-
-def _mix_a_first(a: Tensor, b: Tensor) -> Tensor:
-    """a's stage, first: (a_out rank, a_in)."""
-    return a.permute(1, 0, 2).reshape(-1, a.shape[2])
-
-
-def _fold_a_first(a: Tensor, b: Tensor) -> Tensor:
-    """a's stage, first, as one matrix: (a_out rank b_in, a_in b_in)."""
-    rank, a_out, a_in = a.shape
-    b_in = b.shape[2]
-    eye = torch.eye(b_in, dtype=a.dtype, device=a.device)
-    folded = a.permute(1, 0, 2)[:, :, None, :, None] * eye[None, None, :, None, :]
-    return folded.reshape(a_out * rank * b_in, a_in * b_in)
-
-
-def _rows_b_second(a: Tensor, b: Tensor) -> Tensor:
-    """b's stage, second: (b_out, rank b_in), on rows of a_out slices."""
-    return b.permute(1, 0, 2).reshape(b.shape[1], -1)
-
-
-def _fold_b_second(a: Tensor, b: Tensor) -> Tensor:
-    """b's stage, second, as one matrix: (a_out b_out, b_in a_out rank)."""
-    rank, b_out, b_in = b.shape
-    a_out = a.shape[1]
-    eye = torch.eye(a_out, dtype=b.dtype, device=b.device)
-    folded = b.permute(1, 2, 0)[None, :, :, None, :] * eye[:, None, None, :, None]
-    return folded.reshape(a_out * b_out, b_in * a_out * rank)
-
-
-_STAGES: dict[Form, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]]
-_STAGES = {
-    Form("b", "rows", "mix"): (_rows_b, _mix_a),
-    Form("b", "rows", "turn"): (_rows_b, _mix_a),
-    Form("b", "rows", "fold"): (_rows_b, _fold_a),
-    Form("b", "fold", "turn"): (_fold_b, _mix_a),
-    Form("b", "fold", "fold"): (_fold_b, _fold_a_turned),
-    Form("a", "mix", "rows"): (_mix_a_first, _rows_b_second),
-    Form("a", "turn", "rows"): (_mix_a_first, _rows_b_second),
-    Form("a", "fold", "rows"): (_fold_a_first, _rows_b_second),
-    Form("a", "turn", "fold"): (_mix_a_first, _fold_b_second),
-}

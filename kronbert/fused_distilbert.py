@@ -20,6 +20,7 @@ from .fused_parts import (
     is_kronecker,
     is_lookup,
     is_norm,
+    is_plain_sdpa,
     is_table,
     linear,
     lookup,
@@ -74,16 +75,23 @@ class FusedDistilBertSelfAttention(FusedBlock, distilbert.DistilBertSelfAttentio
     ) -> tuple[Tensor, Tensor | None]:
         """What ``out_lin`` is given (batch, tokens, width), and the attention's weights."""
         maps = self.q_lin, self.k_lin, self.v_lin
-        if self.form(self) is not None and self.skips(*maps):
-            projected = blocks.qkv(hidden_states, *map(linear, maps))
-        else:
-            projected = maps[0](hidden_states), maps[1](hidden_states), maps[2](hidden_states)
-        heads = (-1, self.attention_head_size)
-        query, key, value = (x.unflatten(-1, heads).transpose(-3, -2) for x in projected)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, distilbert.eager_attention_forward
         )
         dropout = self.dropout.p if self.training else 0.0
+        fused = self.form(self) is not None and self.skips(*maps)
+        if fused and not dropout and is_plain_sdpa(self, attend, kwargs):
+            q, k, v = map(linear, maps)
+            heads, scale = self.n_heads, self.scaling
+            y = blocks.attention(hidden_states, q, k, v, heads, scale, attention_mask)
+            if y is not None:
+                return y, None
+        if fused:
+            projected = blocks.qkv(hidden_states, *map(linear, maps))
+        else:
+            projected = maps[0](hidden_states), maps[1](hidden_states), maps[2](hidden_states)
+        split = (-1, self.attention_head_size)
+        query, key, value = (x.unflatten(-1, split).transpose(-3, -2) for x in projected)
         y, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )

@@ -22,6 +22,7 @@ from .fused_parts import (
     is_kronecker,
     is_lookup,
     is_norm,
+    is_plain_sdpa,
     is_table,
     linear,
     lookup,
@@ -117,13 +118,19 @@ class FusedSelfAttention(FusedBlock):
         maps = held["query"], held["key"], held["value"]
         if past_key_values is not None or self.form(self) is None or not self.skips(*maps):
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
-        heads = (-1, self.attention_head_size)
-        query, key, value = (
-            x.unflatten(-1, heads).transpose(-3, -2)
-            for x in blocks.qkv(hidden_states, *map(linear, maps))
-        )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
         dropout = held["dropout"].p if self.training else 0.0
+        if not dropout and is_plain_sdpa(self, attend, kwargs):
+            q, k, v = map(linear, maps)
+            heads, scale = self.num_attention_heads, self.scaling
+            y = blocks.attention(hidden_states, q, k, v, heads, scale, attention_mask)
+            if y is not None:
+                return y, None
+        split = (-1, self.attention_head_size)
+        query, key, value = (
+            x.unflatten(-1, split).transpose(-3, -2)
+            for x in blocks.qkv(hidden_states, *map(linear, maps))
+        )
         y, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import blocks
 from .embedding import KroneckerEmbedding
@@ -106,6 +108,18 @@ def is_gelu(module: Any) -> bool:
     if type(module) is nn.GELU:
         return module.approximate == "none"
     return type(module) is GELUActivation and module.act is F.gelu
+
+
+def is_plain_sdpa(module: Any, attend: Any, given: Mapping[str, Any]) -> bool:
+    """Whether ``attend`` would be torch's attention of whole sequences, by mask and scale alone."""
+    return (
+        attend is sdpa_attention_forward
+        and not getattr(module, "is_causal", True)
+        and not given.keys() & _CHANGES_ATTENTION
+    )
+
+
+_CHANGES_ATTENTION = {"is_causal", "position_bias", "cache", "softcap"}
 
 
 def is_lookup(*modules: nn.Module) -> bool:

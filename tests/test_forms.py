@@ -154,7 +154,7 @@ def test_packed_matrices_round_no_worse(spec, n, small_chunks):
     packed = 0
     for form in forms_of(shape):
         plain = forms.prepare(form, a, b)
-        matrices = forms.packed_all(form, plain, n)
+        matrices = forms.ready(form, shape, plain, n)
         packed += sum(matrix.is_mkldnn for matrix in matrices)
         for given in (bias, None):
             expected = exact if given is not None else exact - bias.double()

@@ -40,6 +40,9 @@ CONFIGS: dict[str, Any] = {
 EMBEDDINGS = Counter({"embed_norm": 1})
 CONVERTED = EMBEDDINGS + Counter({"qkv": 2, "linear_norm": 2, "ffn_norm": 2})
 DENSE = EMBEDDINGS + Counter({"residual_norm": 4})
+# ModernBERT's layers norm before their halves.
+PRE_NORM = EMBEDDINGS + Counter({"add_norm": 2})
+PRE_NORM_CONVERTED = PRE_NORM + Counter({"gated_ffn": 2})
 RULES = {
     "re:.*(word|tok)_embeddings": {"factor": 2},
     "re:.*(query|key|value|[qkv]_lin|Wqkv)": {"factor": 2},
@@ -109,7 +112,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return counted
 
-    for name in ("qkv", "linear_norm", "residual_norm", "ffn_norm", "embed_norm"):
+    for name in CONVERTED | DENSE | PRE_NORM_CONVERTED:
         monkeypatch.setattr(blocks, name, spy(name, getattr(blocks, name)))
     return seen
 
@@ -118,7 +121,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_model(name, converted, calls):
     ours, plain = twins(name, converted=converted)
-    expected = EMBEDDINGS if name == "modernbert" else CONVERTED if converted else DENSE
+    expected = CONVERTED if converted else DENSE
+    if name == "modernbert":
+        expected = PRE_NORM_CONVERTED if converted else PRE_NORM
     state = plain.state_dict()
     assert list(ours.state_dict()) == list(state)
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in plain.named_modules()]
@@ -154,7 +159,10 @@ def test_hidden_states_and_attentions(name, converted, calls):
         assert_same(found.hidden_states, wanted.hidden_states)
         assert_same(found.attentions, wanted.attentions)
         assert_same(found.logits, wanted.logits)
-    if converted and name != "modernbert":
+    if name == "modernbert":
+        assert calls["add_norm"] == 4
+        assert calls["gated_ffn"] == (4 if converted else 0)
+    elif converted:
         assert calls["ffn_norm"] == calls["qkv"] == 4
 
 
@@ -294,7 +302,7 @@ def test_tables_that_are_more_than_read_stay_ordinary(options, calls):
     assert not calls["embed_norm"]
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert"])
 def test_dropout(name):
     """Two seeds differ, one repeats, evaluation drops nothing, and the mean is kept."""
     ours, plain = twins(name, dropout=0.3)

@@ -53,18 +53,23 @@ TABLE = {
         f"{SIZES} reference", outside="torch einops numpy", outside_lazily="scipy tensorly"
     ),
     # The CPU engine. Its costs are arithmetic on a table: no torch of their own.
-    "forms": Row("shapes", outside="torch"),
-    "cpu_cost": Row(f"{SIZES} forms"),
-    "cpu_calibrate": Row("errors forms cpu_cost", lazily="latency", outside="torch"),
-    "cpu": Row("shapes forms cpu_cost cpu_calibrate", outside="torch"),
+    "native": Row(lazily="cpu_calibrate", outside="torch"),
+    "form_matrices": Row(outside="torch"),
+    "forms": Row("shapes native form_matrices", outside="torch"),
+    "cpu_cost": Row(f"{SIZES} native forms"),
+    "cpu_calibrate": Row("errors native forms cpu_cost", lazily="latency", outside="torch"),
+    "cpu": Row("shapes native forms cpu_cost cpu_calibrate", outside="torch"),
     # The only doors to the kernels, opened on CUDA.
     "op_linear": Row("errors", lazily="kernels.*", outside="torch"),
     "op_norm": Row("errors", lazily="kernels.*", outside="torch"),
+    "op_add_norm": Row("op_norm", lazily="kernels.*", outside="torch"),
+    "op_gated": Row("op_norm", lazily="kernels.*", outside="torch"),
     "op_embedding": Row("errors", lazily="kernels.*", outside="torch"),
     "op_blocks": Row("shapes op_norm", lazily="kernels.*", outside="torch"),
     "cuda": Row("shapes", lazily="op_*", outside="torch"),
     "functional": Row(f"{SIZES} forms cpu cuda", outside="torch"),
-    "blocks": Row("forms cpu cuda functional", outside="torch"),
+    "cpu_blocks": Row("shapes native forms cpu functional", outside="torch"),
+    "blocks": Row("errors forms cpu cpu_blocks cuda functional", outside="torch"),
     "losses": Row("errors functional", outside="torch"),
     "linear": Row(f"{ARITHMETIC} cpu", outside="torch", outside_lazily="transformers"),
     "embedding": Row(f"{ARITHMETIC} linear", outside="torch"),
@@ -74,7 +79,7 @@ TABLE = {
     "fused_encoder": Row("blocks fused_parts", outside="torch transformers"),
     "fused_bert": Row("fused_encoder", outside="transformers"),
     "fused_distilbert": Row("blocks fused_parts", outside="torch transformers"),
-    "fused_modernbert": Row("fused_parts", outside="torch transformers"),
+    "fused_modernbert": Row("blocks fused_parts", outside="torch transformers"),
     "fusion": Row("errors blocks", lazily="fused_*", outside="torch"),
     # Models.
     "inventory": Row(PLANNING, outside="torch transformers"),
@@ -84,9 +89,19 @@ TABLE = {
         outside_lazily="safetensors",
     ),
     "hf_hook": Row(lazily="hf"),
-    "conversion": Row(MODEL, lazily="hf", outside="torch transformers"),
+    # Initialisation from data.
+    "walk": Row(outside="torch"),
+    "moments": Row(outside="torch"),
+    "weighted_fit": Row(f"{SIZES} decompose reference", outside="torch einops"),
+    "fit_report": Row(),
+    "data_init": Row(
+        f"{SIZES} planning linear embedding head walk moments weighted_fit fit_report",
+        outside="torch",
+    ),
+    "conversion": Row(f"{MODEL} data_init", lazily="hf", outside="torch transformers"),
+    "shipped": Row("errors"),
     "checkpoint": Row(
-        f"{MODEL} hf conversion",
+        f"{MODEL} hf conversion shipped",
         outside="torch safetensors transformers",
         outside_lazily="huggingface_hub",
     ),
@@ -99,7 +114,9 @@ TABLE = {
         outside_lazily="rich",
     ),
     # At import only the hook; each public name is loaded from its home on first use.
-    "__init__": Row("errors hf_hook", lazily=f"{MODEL} losses conversion checkpoint reporting"),
+    "__init__": Row(
+        "errors hf_hook", lazily=f"{MODEL} losses conversion checkpoint reporting shipped"
+    ),
     # Above the public names.
     "kernels.*": Row(f"{SIZES} kernels.*", outside="torch triton"),
     "distill.*": Row(
@@ -112,9 +129,22 @@ TABLE = {
     "job_folder": Row("errors"),
     "job_models": Row("errors", outside_lazily="safetensors torch transformers"),
     "job_report": Row("errors pictures reporting job_folder job_models", outside="rich"),
+    "job_settings": Row("errors config"),
+    "job_start": Row(
+        "errors config job_models shipped",
+        lazily="checkpoint conversion distill.*",
+        outside="torch",
+        outside_lazily="transformers",
+    ),
     "job": Row(
-        "errors config job_folder job_models",
+        "errors config job_folder job_models job_settings job_start",
         lazily="conversion distill.* job_report",
+        outside_lazily="transformers",
+    ),
+    "student_card": Row("job_models", lazily="__init__", outside_lazily="torch transformers"),
+    "pretrain": Row(
+        "errors job_folder job_models student_card",
+        lazily="checkpoint conversion distill.* job_start pictures",
         outside_lazily="transformers",
     ),
     "demo": Row("errors job job_models", lazily="distill.*", outside_lazily="huggingface_hub"),
@@ -123,8 +153,10 @@ TABLE = {
     "bench_models": Row("__init__ latency", outside="torch transformers"),
     "bench_checks": Row("shapes presets reference functional blocks", outside="torch"),
     "bench_gpu": Row("__init__ latency bench_results bench_models bench_checks", outside="torch"),
+    "cli_options": Row("errors", outside="typer"),
+    "cli_students": Row("cli_options", lazily="pretrain shipped", outside="rich typer"),
     "cli": Row(
-        "__init__ errors job_folder",
+        "__init__ errors job_folder cli_options cli_students",
         lazily="__init__ planning presets cpu_cost cpu_calibrate job job_models demo distill.*",
         outside="rich typer",
         outside_lazily="torch transformers",

@@ -36,7 +36,8 @@ def code_files() -> dict[str, Path]:
             inside = path.relative_to(ROOT / folder)
             linked = folder == "kronbert" and inside.parts[0] in CODE
             if path.is_file() and not linked and "__pycache__" not in inside.parts:
-                if path.name != "README.md":
+                # The folders' own are for readers of the tree; a student's is its model card.
+                if path.name != "README.md" or inside.parts[0] == "students":
                     files[f"{package}/{inside.as_posix()}"] = path
     return files
 

@@ -1,5 +1,7 @@
 """What a stage changes of its student while it trains: attention on a CPU, and dropout."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -10,7 +12,12 @@ from kronbert.distill.cpu_attention import plain_attention
 from kronbert.distill.dropout import dropout_set_to
 from kronbert.errors import DistillError
 
-SIZES = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 BERT = transformers.BertConfig(**SIZES, intermediate_size=48)
 MODERN = transformers.ModernBertConfig(
     **SIZES, intermediate_size=48, attention_dropout=0.2, pad_token_id=0
