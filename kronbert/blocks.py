@@ -264,5 +264,7 @@ def _in_chunks(x: Tensor, expand: Linear, part: Callable[[Tensor], Tensor]) -> T
 
 def _ffn_over(x: Tensor, expand: Linear, contract: Linear) -> Tensor:
     """`ffn` without gradients: the hidden layer is written over."""
-    hidden = cpu_blocks.bias_gelu_(functional.kron_linear(x, expand.a, expand.b), expand.bias)
+    hidden = cpu_blocks.expand_gelu(x, expand)
+    if hidden is None:
+        hidden = torch.ops.aten.gelu_(functional.kron_linear(x, *expand))
     return functional.kron_linear(hidden, *contract)

@@ -168,7 +168,7 @@ def _choose(dtype: str, shapes: Groups, rows: int, fresh: bool) -> tuple[Form, .
 def takes(x: Tensor, pairs: Pairs) -> bool:
     """Whether the engine runs this product: eager, on real CPU tensors of a dtype it knows."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype in DTYPES
         and not torch.compiler.is_compiling()
         and type(x) in PLAIN
@@ -189,12 +189,7 @@ def _eager() -> bool:
 
 def in_place(x: Tensor) -> bool:
     """Whether what is made from x on the way may be written over: eager, no gradients, CPU."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and takes(x, ())
-    )
+    return not torch.is_grad_enabled() and x.is_cpu and takes(x, ())
 
 
 def forget(tensors: Iterable[Tensor] | None = None) -> None:

@@ -48,7 +48,7 @@ _ARGUMENTS = {
     "kronbert_ffn_middle": [_POINTER] * 5 + [_LONG] + [_INT] * 6,
     "kronbert_bias_gelu": [_POINTER] * 2 + [_LONG] + [_INT] * 3,
     "kronbert_add_norm": [_POINTER] * 5 + [_FLOAT, _POINTER, _LONG] + [_INT] * 3,
-    "kronbert_attention": [_POINTER] * 8 + [_LONG] + [_INT] * 4 + [_FLOAT, _INT],
+    "kronbert_attention": [_POINTER] * 8 + [_LONG] + [_INT] * 4 + [_FLOAT, _INT, _INT],
 }
 
 
@@ -149,7 +149,7 @@ def attention(
     heads: int,
     scale: float,
 ) -> Tensor:
-    """``softmax(scale q kᵀ + mask) v``, heads side by side: (batch, tokens, heads * d) float32.
+    """``softmax(scale q kᵀ + mask) v``, heads side by side: (batch, tokens, heads * d).
 
     biases: of query, key and value, added to them. mask (batch, 1 or tokens, padded) float32, -inf
     for a key that is not seen; padded: tokens to the next multiple of 16. A query that sees no key
@@ -159,7 +159,7 @@ def attention(
     at = _at(query), _at(key), _at(value), *map(_at, biases), _at(mask), _at(y)
     queries = 1 if mask is None else mask.shape[1]
     sizes = batch, heads, tokens, width // heads, queries
-    if _call("kronbert_attention", *at, *sizes, scale, torch.get_num_threads()):
+    if _call("kronbert_attention", *at, *sizes, scale, *_how(query)):
         raise MemoryError(f"attention of {tokens} tokens: no memory for one head's keys.")
     return y
 

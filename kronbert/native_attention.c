@@ -1,4 +1,4 @@
-/* Attention of whole sequences in float32: softmax(scale q kᵀ + mask) v, heads side by side.
+/* Attention of whole sequences: softmax(scale q kᵀ + mask) v, heads side by side, in float32 inside.
  *
  * One thread takes one head of one sequence: keys transposed and values copied to lie densely, then
  * six queries at a time, whose scores never leave the first cache. */
@@ -56,21 +56,23 @@ INLINE void turn(vec r[16], float *target, int64_t stride) {
   for (int i = 0; i < 16; i++) store(target, i * stride, r[i], 0);
 }
 
-/* One head: keys (d, padded) and values (tokens, d) of scratch are filled from rows of k and v */
-static void gather(const float *k, const float *v, const float *k_bias, const float *v_bias,
-    int64_t stride, float *keys, float *values, int tokens, int padded, int d) {
+/* One head: keys (d, padded) and values (tokens, d) are filled from the rows of k and v */
+INLINE void collect(const void *k, const void *v, const void *k_bias, const void *v_bias,
+    int64_t at, int64_t column, int64_t stride, float *keys, float *values, int tokens, int padded,
+    int d, int bf16) {
   for (int i = 0; i < padded; i += LANES)
     for (int j = 0; j < d; j += LANES) {
       vec rows[16];
-      vec bias = k_bias ? load(k_bias, j, 0) : all(0);
+      vec bias = k_bias ? load(k_bias, column + j, bf16) : all(0);
       for (int r = 0; r < 16; r++)
-        rows[r] = i + r < tokens ? load(k, (i + r) * stride + j, 0) + bias : all(0);
+        rows[r] = i + r < tokens ? load(k, at + (i + r) * stride + j, bf16) + bias : all(0);
       turn(rows, keys + (int64_t)j * padded + i, padded);
     }
   for (int i = 0; i < tokens; i++)
     for (int j = 0; j < d; j += LANES) {
-      vec line = load(v, i * stride + j, 0);
-      store(values, (int64_t)i * d + j, v_bias ? line + load(v_bias, j, 0) : line, 0);
+      vec line = load(v, at + i * stride + j, bf16);
+      if (v_bias) line += load(v_bias, column + j, bf16);
+      store(values, (int64_t)i * d + j, line, 0);
     }
 }
 
@@ -98,12 +100,9 @@ INLINE float softmax(float *scores, const float *mask, int tokens, int padded) {
   return 1 / sum(total);
 }
 
-/* q, k, v, y (batch, tokens, heads * d); biases (heads * d) or NULL; mask NULL or
- * (batch, queries, padded), queries 1 or tokens, padded = tokens to the next multiple of 16.
- * Returns 1 if memory ran out. */
-int kronbert_attention(const float *q, const float *k, const float *v, const float *q_bias,
-    const float *k_bias, const float *v_bias, const float *mask, float *y, int64_t batch,
-    int heads, int tokens, int d, int queries, float scale, int threads) {
+INLINE int attend(const void *q, const void *k, const void *v, const void *q_bias,
+    const void *k_bias, const void *v_bias, const float *mask, void *y, int64_t batch, int heads,
+    int tokens, int d, int queries, float scale, int bf16, int threads) {
   int64_t width = (int64_t)heads * d;
   int padded = (tokens + LANES - 1) / LANES * LANES, failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -123,15 +122,14 @@ int kronbert_attention(const float *q, const float *k, const float *v, const flo
       if (!keys) continue;
       int64_t sequence = job / heads, column = job % heads * d;
       int64_t at = sequence * tokens * width + column;
-      gather(k + at, v + at, k_bias ? k_bias + column : 0, v_bias ? v_bias + column : 0, width,
-          keys, values, tokens, padded, d);
+      collect(k, v, k_bias, v_bias, at, column, width, keys, values, tokens, padded, d, bf16);
       for (int i = 0; i < tokens; i += ROWS) {
         int rows = tokens - i < ROWS ? tokens - i : ROWS;
         float inverse[ROWS];
         for (int r = 0; r < rows; r++)
           for (int j = 0; j < d; j += LANES) {
-            vec line = load(q, at + (i + r) * width + j, 0);
-            if (q_bias) line += load(q_bias, column + j, 0);
+            vec line = load(q, at + (i + r) * width + j, bf16);
+            if (q_bias) line += load(q_bias, column + j, bf16);
             store(scaled, r * d + j, line * scale, 0);
           }
         product(scaled, d, keys, padded, scores, padded, d, padded);
@@ -143,10 +141,23 @@ int kronbert_attention(const float *q, const float *k, const float *v, const flo
         product(scores, padded, values, d, out, d, tokens, d);
         for (int r = 0; r < rows; r++)
           for (int j = 0; j < d; j += LANES)
-            store(y, at + (i + r) * width + j, load(out, r * d + j, 0) * inverse[r], 0);
+            store(y, at + (i + r) * width + j, load(out, r * d + j, 0) * inverse[r], bf16);
       }
     }
     free(keys);
   }
   return failed;
+}
+
+/* q, k, v, y (batch, tokens, heads * d); biases (heads * d) or NULL; mask NULL or float32
+ * (batch, queries, padded), queries 1 or tokens, padded = tokens to the next multiple of 16.
+ * Returns 1 if memory ran out. */
+int kronbert_attention(const void *q, const void *k, const void *v, const void *q_bias,
+    const void *k_bias, const void *v_bias, const float *mask, void *y, int64_t batch, int heads,
+    int tokens, int d, int queries, float scale, int bf16, int threads) {
+  if (bf16)
+    return attend(q, k, v, q_bias, k_bias, v_bias, mask, y, batch, heads, tokens, d, queries, scale,
+        1, threads);
+  return attend(q, k, v, q_bias, k_bias, v_bias, mask, y, batch, heads, tokens, d, queries, scale, 0,
+      threads);
 }
