@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,13 @@ from .cli_options import Factor, Preset, Rules, parse_rules
 out = Console()
 
 
+class Init(str, Enum):
+    """Where a first student's numbers come from, see `kronbert.convert`."""
+
+    data = "data"
+    weights = "weights"
+
+
 def pretrain_student(
     model: Annotated[str, typer.Option(help="encoder that teaches: hub name or folder")],
     text: Annotated[str, typer.Option(help="a file (.txt, .jsonl, .parquet), or a hub data set")],
@@ -24,16 +32,19 @@ def pretrain_student(
     student: Annotated[
         str | None, typer.Option(help="saved student of this model to go on from")
     ] = None,
+    init: Annotated[
+        Init, typer.Option(help="data: fitted to the text's inputs; weights: to weights alone")
+    ] = Init.data,
     valid: Annotated[
         str | None, typer.Option(help="held-out text; its losses are logged and drawn")
     ] = None,
     valid_blocks: Annotated[int, typer.Option(min=1, help="blocks of it, evenly spaced")] = 128,
     words: Annotated[int | None, typer.Option(help="stop reading text after so many")] = None,
-    epochs: Annotated[float | None, typer.Option(help="default: the recipe's, 3")] = None,
+    epochs: Annotated[float | None, typer.Option(help="default: 1")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="default: 1e-3")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="blocks per step; default: 64")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="blocks per step; default: 32")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="tokens per block; default: 512, or what the model takes")
+        int | None, typer.Option(help="tokens per block; default: 128, or what the model takes")
     ] = None,
     mlm: Annotated[
         bool | None,
@@ -61,6 +72,7 @@ def pretrain_student(
         preset=preset,
         rules=parse_rules(rule),
         student=student,
+        init=init.value,
         valid=valid,
         valid_blocks=valid_blocks,
         words=words,

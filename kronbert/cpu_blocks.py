@@ -28,8 +28,8 @@ HEAD, TOKENS = 128, 512
 and 1.2 times at 512 (float32, 12 heads of 64, 2-core Xeon, torch 2.13)."""
 
 HALF_TOKENS = 32
-"""The same in bfloat16, where PyTorch's runs on the processor's matrix tiles: 0.104 ms against 0.069
-for 8 sequences of 16 tokens, but 0.148 against 0.224 for one of 128."""
+"""The same in bfloat16, where PyTorch's runs on the processor's matrix tiles: 0.104 ms to 0.069 for
+8 sequences of 16 tokens, but 0.148 to 0.224 for one of 128."""
 
 EXPAND, CONTRACT = Form("b", "rows", "mix"), Form("a", "mix", "rows")
 

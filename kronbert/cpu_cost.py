@@ -119,7 +119,7 @@ class CostTable:
             middle = s.a_in * s.rank  # per output of b
             width = middle * s.b_out
             if form.first == "gather":
-                first = self.turn.us(n * inner, s.a_in, s.b_in)
+                first = self.turn.us(n * max(inner, width), s.a_in, s.b_in)
             elif form.first == "fold":
                 first = gemm(n, width, inner)
             else:

@@ -2,9 +2,18 @@
 
 PyTorch makes a bias, a GELU, a small matrix over slices or a LayerNorm one pass over memory each,
 and a batched product with a side of 2 much slower than that. `native.c` makes them one. The first
-use builds it with the machine's C compiler (about a second, kept in the cache folder that
-`kronbert.cpu_calibrate` names), as torch.compile and Triton build theirs. Without a compiler, off
-Linux, or with KRONBERT_NATIVE=0, `library` is None and plain PyTorch runs.
+use in a cache folder builds it with the machine's C compiler, as torch.compile and Triton build
+theirs; later processes load that file. `library` is None, and plain PyTorch runs, where there is no
+compiler, off Linux, and beside another OpenMP than GNU's. What the environment says, when the first
+product runs:
+
+    KRONBERT_NATIVE=0     no kernels: nothing is built or loaded
+    CC                    the compiler, a name or a path; default: cc
+    KRONBERT_CACHE        the folder for ``native-*.so``; default: ~/.cache/kronbert, or under
+                          XDG_CACHE_HOME. Each processor, compiler name and version of the source
+                          has its own file; any may be deleted
+
+A compiler that fails is warned of, once a process.
 
 The functions check nothing: `kronbert.cpu_blocks` and `kronbert.forms` see to sizes and dtypes.
 """

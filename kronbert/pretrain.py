@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from .errors import DataError, DistillError, PlanError
 from .job_folder import JobFolder, Say, write_whole
@@ -29,6 +29,10 @@ from .student_card import student_card, student_report
 __all__ = ["PretrainSettings", "pretrain_student"]
 
 
+CALIBRATION = 64
+"""Blocks that the first student is fitted to: 8,192 tokens at 128 a block."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings:
     """What `kronbert pretrain-student` is asked for.
@@ -37,9 +41,11 @@ class PretrainSettings:
     text, valid: as `kronbert.distill.text.load_text` takes them; valid: held-out text, of which
     valid_blocks evenly spaced blocks are measured. factor, preset, rules: as in `kronbert.convert`.
     student: a saved student of this teacher to go on from, instead of the nearest products.
+    init: "data" fits the first student to what the teacher's layers give on CALIBRATION blocks of
+    the text, "weights" to their weights alone; see `kronbert.convert`.
     words: stop reading text after so many. mlm: train the masked-LM head too; None: where the
     checkpoint has one. half: save float16 weights. licence: of the student, for its model card.
-    None otherwise: KroneckerBERT's value."""
+    None otherwise: the value of `kronbert.distill.recipes.kronbert.general_stage`."""
 
     model: str
     text: str
@@ -49,6 +55,7 @@ class PretrainSettings:
     preset: str | None = None
     rules: Mapping[str, Any] | None = None
     student: str | None = None
+    init: Literal["weights", "data"] = "data"
     valid: str | None = None
     valid_blocks: int = 128
     words: int | None = None
@@ -134,7 +141,7 @@ class _Pretraining:
 
     def _make_stage(self) -> Any:
         from .distill.finetune import use_bf16
-        from .distill.recipes.kroneckerbert import kroneckerbert
+        from .distill.recipes.kronbert import general_stage
 
         settings = self.settings
         use_bf16(settings.precision)
@@ -143,8 +150,7 @@ class _Pretraining:
             raise DataError(
                 f"max_length={settings.max_length}: {settings.model} takes {most} tokens at most."
             )
-        # Of the recipe only stage 1 is used, which is the same for every ratio.
-        stage = kroneckerbert(settings.preset or 8.0, mlm=self.mlm).stage("general")
+        stage = general_stage(mlm=self.mlm)
         asked: dict[str, Any] = {
             "epochs": settings.epochs,
             "learning_rate": settings.learning_rate,
@@ -161,7 +167,12 @@ class _Pretraining:
         settings = self.settings
         if settings.student is None:
             return convert(
-                self.teacher, settings.factor, preset=settings.preset, rules=settings.rules
+                self.teacher,
+                settings.factor,
+                preset=settings.preset,
+                rules=settings.rules,
+                init=settings.init,
+                calibration=self._calibration() if settings.init == "data" else None,
             )
         student: Any = load(settings.student)
         mine, own = type(student).__name__, type(self.teacher).__name__
@@ -172,6 +183,14 @@ class _Pretraining:
             )
         check_finite(student, settings.student, "Use an intact checkpoint.")
         return student
+
+    def _calibration(self) -> list[dict[str, Any]]:
+        import torch
+
+        from .distill.held_out import sample_rows
+
+        rows = sample_rows(self.blocks, CALIBRATION)["input_ids"]
+        return [{"input_ids": part} for part in torch.tensor(rows).split(8)]
 
     @cached_property
     def blocks(self) -> Any:

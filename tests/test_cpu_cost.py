@@ -14,7 +14,7 @@ from kronbert import cpu_cost, forms, native
 from kronbert.config import KroneckerConfig
 from kronbert.cpu_cost import CostTable, Primitive, prepared_numbers, shipped_tables
 from kronbert.errors import ReportError
-from kronbert.forms import DENSE, LOW_RANK, forms_of
+from kronbert.forms import DENSE, GATHERED, LOW_RANK, forms_of
 from kronbert.inventory import inventory
 from kronbert.planning import make_plan
 from kronbert.presets import PRESETS
@@ -24,6 +24,8 @@ SPECS = ["5x4*2x7", "3:5x4*2x7", "4:2x3*11x6", "2:16x9*3x2", "6x5*1x4", "2:3x1*4
 SPECS += ["15x1*1x14", "4:15x1*1x14"]
 SHAPES = [KroneckerShape.parse(spec) for spec in SPECS]
 CASES = [pytest.param(s, f, id=f"{s} {f}") for s in SHAPES for f in forms_of(s)]
+KERNEL_SHAPE = KroneckerShape(32, 16, 4, 2, 3)
+ALL_CASES = [*CASES, *(pytest.param(KERNEL_SHAPE, f, id=f"{KERNEL_SHAPE} {f}") for f in GATHERED)]
 ROWS = (1, 2, 3, 7, 96, 192, 3000, 100_000)
 
 
@@ -152,7 +154,7 @@ def test_damaged_files_are_refused(text, tmp_path):
 # What a form is charged for.
 
 
-@pytest.mark.parametrize(("shape", "form"), CASES)
+@pytest.mark.parametrize(("shape", "form"), ALL_CASES)
 def test_prepared_numbers_are_those_of_prepare(shape, form):
     a = torch.randn(shape.rank, shape.a_out, shape.a_in)
     b = torch.randn(shape.rank, shape.b_out, shape.b_in)
@@ -312,6 +314,50 @@ def test_nothing_is_folded_in_training():
     (pick,) = only_products.choose((shape,), 1000)
     assert "fold" in pick
     assert only_products.choose((shape,), 1000, fresh=True) == (DENSE,)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(15, LOW_RANK), (16, DENSE)])
+def test_matrices_are_read_from_memory(n, expected, monkeypatch):
+    """In a model none lies in cache: from 16 rows on, each byte is charged for."""
+    shape = low_rank(100, 100, 60)  # 12,000 numbers for 10,000
+    monkeypatch.setattr(cpu_cost, "GROWTH", 2.0)
+    monkeypatch.setattr(cpu_cost, "MARGIN", 1.0)
+    monkeypatch.setattr(cpu_cost, "COLD_US_PER_BYTE", 1e-3)  # 8 us more than dense
+    times = {DENSE: 100.0, LOW_RANK: 93.0 - 2 * cpu_cost.STAGE_US}
+    monkeypatch.setattr(CostTable, "form_us", lambda self, form, shape, n: times[form])
+    costs = table()
+    assert costs.choose((shape,), n) == (expected,)
+    times[LOW_RANK] -= 2  # 9 us faster
+    assert costs.choose((shape,), n) == (LOW_RANK,)
+
+
+GATHERS = KroneckerShape(32, 32, 4, 4)
+
+
+@pytest.mark.parametrize("form", GATHERED)
+def test_a_gather_is_charged_as_a_turn(form):
+    n, s, asked = 7, KroneckerShape(32, 48, 4, 2, 3), []
+    priced = CostTable(4, *(Asked(name, asked) for name in cpu_cost.PRIMITIVES))
+    us = priced.form_us(form, s, n)
+    products = {GATHERED[0]: (n * 4, 32, 48 * 3), GATHERED[1]: (n, 128, 48 * 3 * 4)}
+    turns = [n * max(s.in_features, s.a_in * s.rank * s.b_out)] + [n * s.out_features] * (form == GATHERED[0])
+    assert [item[1:] for item in asked if item[0] == "gemm"] == [products[form]]
+    assert sorted(item[1] for item in asked if item[0] == "turn") == sorted(turns)
+    assert us == PRICES["gemm"] + len(turns) * PRICES["turn"]
+
+
+def test_gathering_needs_the_kernels_and_no_gradients(monkeypatch):
+    def form_us(self, form, shape, n):
+        return 100.0 if form in GATHERED else 1000.0
+
+    monkeypatch.setattr(CostTable, "form_us", form_us)
+    costs = table()
+    monkeypatch.setattr(native, "library", lambda: object())
+    (pick,) = costs.choose((GATHERS,), 1000)
+    assert pick in GATHERED
+    assert costs.choose((GATHERS,), 1000, fresh=True)[0] not in GATHERED
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert costs.choose((GATHERS,), 1000)[0] not in GATHERED
 
 
 # The tables that ship.

@@ -145,7 +145,7 @@ TABLE = {
     "pretrain": Row(
         "errors job_folder job_models student_card",
         lazily="checkpoint conversion distill.* job_start pictures",
-        outside_lazily="transformers",
+        outside_lazily="torch transformers",
     ),
     "demo": Row("errors job job_models", lazily="distill.*", outside_lazily="huggingface_hub"),
     # Measurements, run by hand.
