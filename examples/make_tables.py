@@ -1,4 +1,6 @@
-"""Writes the README's tables from the JSON files in examples/results; --check only compares.
+"""Writes the README's tables, and docs/retention.png, from the JSON files in examples/results.
+
+--check only compares the tables.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME picks the function below.
 """
@@ -8,8 +10,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import study_tables as study  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "results"
@@ -87,7 +92,17 @@ def rewritten(text: str) -> str:
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-TABLES = {"compare": compare}
+def of_study(table: Callable[[Any], str]) -> Callable[[], str]:
+    return lambda: table(study.read(RESULTS / "glue_study.json"))
+
+
+TABLES = {
+    "compare": compare,
+    "study": of_study(study.full_tasks),
+    "study_subsets": of_study(study.subsets),
+    "study_outside": of_study(study.outside),
+    "study_ablation": of_study(study.ablations),
+}
 
 
 def main() -> None:
@@ -97,6 +112,7 @@ def main() -> None:
     if "--check" in sys.argv:
         sys.exit(None if after == before else "README.md differs from examples/results: run me.")
     readme.write_text(after)
+    study.retention_picture(study.read(RESULTS / "glue_study.json"), ROOT / "docs/retention.png")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_notebook_is_clean():
     assert not any(cell.get("execution_count") for cell in notebook.cells)
 
 
-@pytest.mark.parametrize("script", ["compare_students.py", "glue_finetune.py", "quickstart.py"])
+@pytest.mark.parametrize("script", ["glue_finetune.py", "glue_study.py", "quickstart.py"])
 def test_examples_explain_themselves(script, environment):
     assert "usage" in run(script, "--help", environment=environment)
 

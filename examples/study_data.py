@@ -1,0 +1,96 @@
+"""The rows of the GLUE study: a task's own, those without labels, and those of another origin."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import study_settings as settings  # type: ignore[import-not-found]
+
+from kronbert.distill import (
+    Stage,
+    augment,
+    load_task,
+    tokenize,
+    unlabelled_text,
+    with_unlabelled,
+)
+from kronbert.distill.data import TaskData
+from kronbert.distill.text import read_table
+from kronbert.errors import DataError
+from kronbert.job_models import open_model
+
+
+class Rows:
+    """Tokenised rows of a task, as ``options`` (--data-dir, --limit, --text, --ood-dir) say."""
+
+    def __init__(self, options: Any, tokenizer: Any) -> None:
+        self.options, self.tokenizer = options, tokenizer
+
+    @lru_cache(maxsize=1)  # noqa: B019 - one study lives as long as its process
+    def _tokens(self, task: str, copies: int, sentences: int) -> TaskData:
+        data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
+        more = []
+        if copies:
+            table = open_model(self.options.model).get_input_embeddings().weight.detach()
+            more.append(augment(data, self.tokenizer, table, copies=copies))
+        if sentences:
+            more.append(unlabelled_text(data.task, self._source(), limit=sentences))
+        return tokenize(with_unlabelled(data, *more), self.tokenizer)
+
+    def tokens(self, task: str, training: Any = None) -> TaskData:
+        """The task's rows, with those without a label that the training wants."""
+        if training is None:
+            return self._tokens(task, 0, 0)
+        return self._tokens(task, training.augment, training.text_rows)
+
+    def text(self, data: TaskData, sentences: int) -> Any:
+        if not sentences:
+            return ()
+        rows = unlabelled_text(data.task, self._source(), limit=sentences)
+        extra = TaskData(task=data.task, train=rows, validation={}, source="")
+        return tokenize(extra, self.tokenizer).train
+
+    def _source(self) -> str:
+        if self.options.text is None:
+            raise DataError("text_rows, calibration_text: --text names no text to take them from.")
+        return str(self.options.text)
+
+    def outside(self, task: Any) -> TaskData | None:
+        """The task's set out of distribution, if it has one and --ood-dir names a folder."""
+        if not self.options.ood_dir or task.name not in settings.OUTSIDE:
+            return None
+        rows = outside_of(task, self.options.ood_dir, self.options.ood_limit)
+        return tokenize(rows, self.tokenizer)
+
+
+def rows_of(stage: Stage, data: TaskData) -> TaskData:
+    """``data`` without the rows that have no label, for a stage that reads labels."""
+    return data if stage.objective.label_tap is None else replace(data, unlabelled=None)
+
+
+def outside_of(task: Any, folder: str, limit: int) -> TaskData:
+    """The task's set out of distribution: at most ``limit`` rows, evenly spaced."""
+    name, file, columns = settings.OUTSIDE[task.name]
+    found = [path for end in ("", ".gz", ".xz") if (path := Path(folder, file + end)).is_file()]
+    if not found:
+        raise DataError(f"--ood-dir {folder}: no {file} in it (or .gz, .xz).")
+    table = read_table(found[0])
+    count = min(limit, len(table))
+    picked = [i * len(table) // count for i in range(count)]
+    rows = {
+        own: [table.columns[table.column(other)][i] for i in picked]
+        for own, other in zip(task.text, columns, strict=True)
+    }
+    labels = [task.encode(table.columns[table.column(task.label)][i]) for i in picked]
+    if None in labels:
+        raise DataError(f"{table.where(picked[labels.index(None)])}: a label {task.name} has not.")
+    rows[task.label] = labels
+    source = f"{found[0].parent.name}/{found[0].name}"
+    if count < len(table):
+        source += f"; {count} of {len(table)} rows, evenly spaced"
+    kept = datasets.Dataset.from_dict(rows)
+    return TaskData(task=task, train=kept.select([0]), validation={name: kept}, source=source)

@@ -1,0 +1,185 @@
+"""All results of the GLUE study in one JSON, and the numbers that its tables show."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import study_settings as settings  # type: ignore[import-not-found]
+
+from kronbert.errors import DataError
+from kronbert.job_folder import write_whole
+
+IDENTITY = ("task", "student", "factor", "seed", "tag")
+
+
+def collect(folders: list[Path], target: Path) -> dict[str, Any]:
+    """Write every result.json below ``folders`` into one JSON, a line per run; returns it.
+
+    Refused (`DataError`): a run that two folders have with different scores, trials (--limit)
+    beside whole runs, a student of another teacher, text that looks like a path of this machine."""
+    found: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("result.json")):
+            row = json.loads(path.read_text())
+            if "student" not in row:
+                continue  # a learning rate's short run
+            row = _kept(row)
+            key = tuple(row.get(name) for name in IDENTITY)
+            if key in found and found[key][1]["scores"] != row["scores"]:
+                raise DataError(
+                    f"{path} and {found[key][0]}: one run with different scores. Collect one."
+                )
+            found.setdefault(key, (path, row))
+    if not found:
+        raise DataError(f"--collect {' '.join(map(str, folders))}: no result.json in there.")
+    rows = [row for _, row in found.values()]
+    _check(rows)
+    teachers = [row for row in rows if row["student"] == "teacher"]
+    runs = [row for row in rows if row["student"] != "teacher"]
+    content = {"limit": rows[0]["limit"], "teachers": teachers, "runs": runs}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, _text(content))
+    return content
+
+
+def _kept(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A result with what determines it, without what it says twice."""
+    kept = {key: value for key, value in row.items() if key != "asked"}
+    for key in ("model", "limit", "changes"):
+        if key in row["asked"]:
+            kept[key] = row["asked"][key]
+    metric = f"eval_{row['metric']}"
+    shown = ("stage", "step", "epoch", metric)
+    kept["history"] = [{k: step[k] for k in shown if k in step} for step in row["history"]]
+    return kept
+
+
+def _check(rows: list[dict[str, Any]]) -> None:
+    for key in ("limit", "model"):
+        found = {str(row[key]) for row in rows}
+        if len(found) > 1:
+            said = ", ".join(sorted(found))
+            raise DataError(f"--collect: runs with --{key} {said} side by side. Collect one kind.")
+    digests = {row["task"]: row["digest"] for row in rows if row["student"] == "teacher"}
+    for row in rows:
+        who = " ".join(str(row.get(name)) for name in IDENTITY)
+        if row["student"] != "teacher" and row["teacher_digest"] != digests.get(row["task"]):
+            raise DataError(
+                f"{who}: distilled from another teacher than the one of {row['task']} that was "
+                "collected. Remove the run, or collect it with its teacher."
+            )
+        for text in _texts(row):
+            if os.path.isabs(text) or str(Path.home()) in text or str(Path.cwd()) in text:
+                raise DataError(f"{who}: {text!r} is a path of this machine.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    """JSON with a run per line, so that a change of one is one line of a diff."""
+    parts = [f' "limit": {json.dumps(content["limit"])}']
+    for key in ("teachers", "runs"):
+        lines = ",\n  ".join(json.dumps(row) for row in content[key])
+        parts.append(f' "{key}": [\n  {lines}\n ]' if lines else f' "{key}": []')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over seeds (None: one seed)."""
+
+    mean: float
+    spread: float | None
+    seeds: int
+
+    @classmethod
+    def over(cls, values: list[float]) -> Spread | None:
+        """None for no value: not measured."""
+        if not values:
+            return None
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def score_of(row: Mapping[str, Any], scores: str = "scores") -> float | None:
+    """The task's main metric on the first set of ``scores``; None where it was not measured."""
+    if not row.get(scores):
+        return None
+    return float(next(iter(row[scores].values()))[row["metric"]])
+
+
+class Results:
+    """The numbers of a collected JSON."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.content, self.runs = content, content["runs"]
+        self.teachers = {row["task"]: row for row in content["teachers"]}
+
+    def of(self, kind: str, factor: float, task: str, tag: str) -> dict[int, Mapping[str, Any]]:
+        """Seed -> run."""
+        wanted = {"student": kind, "factor": factor, "task": task, "tag": tag}
+        return {
+            row["seed"]: row
+            for row in self.runs
+            if all(row[key] == value for key, value in wanted.items())
+        }
+
+    def scores(
+        self, kind: str, factor: float, task: str, tag: str = settings.MAIN, sets: str = "scores"
+    ) -> dict[int, float]:
+        """Seed -> score."""
+        found = self.of(kind, factor, task, tag)
+        scored = {seed: score_of(row, sets) for seed, row in found.items()}
+        return {seed: score for seed, score in scored.items() if score is not None}
+
+    def teacher(self, task: str, sets: str = "scores") -> float | None:
+        return score_of(self.teachers[task], sets) if task in self.teachers else None
+
+    def retained(
+        self, kind: str, factor: float, task: str, tag: str = settings.MAIN, sets: str = "scores"
+    ) -> dict[int, float]:
+        """Seed -> student / teacher."""
+        full = self.teacher(task, sets)
+        if not full:
+            return {}
+        return {s: v / full for s, v in self.scores(kind, factor, task, tag, sets).items()}
+
+    def mean_score(self, kind: str, factor: float, tag: str = settings.MAIN) -> Spread | None:
+        """Over the five full tasks, seed by seed; None unless a seed has all of them."""
+        return _over_tasks([self.scores(kind, factor, task, tag) for task in settings.FULL])
+
+    def mean_retained(self, kind: str, factor: float, tag: str = settings.MAIN) -> Spread | None:
+        """The mean over the five full tasks of student / teacher, seed by seed."""
+        return _over_tasks([self.retained(kind, factor, task, tag) for task in settings.FULL])
+
+    def factors(self) -> list[float]:
+        return sorted({row["factor"] for row in self.runs})
+
+    def parameters(self, kind: str, factor: float, tasks: tuple[str, ...]) -> list[int]:
+        """Of the students of these tasks, ascending; heads differ."""
+        return sorted(
+            {
+                row["parameters"]
+                for task in tasks
+                for row in self.of(kind, factor, task, settings.MAIN).values()
+            }
+        )
+
+
+def _over_tasks(tasks: list[dict[int, float]]) -> Spread | None:
+    seeds = sorted(set.intersection(*(set(task) for task in tasks)))
+    return Spread.over([mean(task[seed] for task in tasks) for seed in seeds])

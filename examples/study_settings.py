@@ -1,0 +1,187 @@
+"""What the GLUE study runs: tasks, teachers, student kinds and the training of each, as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from kronbert.distill import Stage
+from kronbert.errors import DistillError, near
+
+FULL = ("sst2", "mrpc", "rte", "cola", "stsb")
+"""Tasks of which the whole training and dev sets are at hand: the mean is over these."""
+
+PARTIAL = ("qnli", "qqp", "mnli")
+"""Tasks that are shown apart: their training sets may be subsets, which `is_subset` tells."""
+
+FACTORS = (4.0, 8.0, 19.0, 30.0)
+SEEDS = (42, 43, 44)
+
+KINDS = {
+    "kronbert": "**kronbert**",
+    "kronbert-nostage1": "kronbert without stage 1",
+    "svd": "truncated SVD",
+    "paper": "single products, 1 x n embedding (KroneckerBERT's shapes)",
+    "random": "kronbert's shapes, random start",
+    "dense": "dense, two narrow layers",
+}
+"""Student kinds, in the order of the table."""
+
+MAIN = "main"
+"""The tag of runs without an override of their own."""
+
+TEACHER: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 3, "batch_size": 32, "seed": 42}
+"""The fine-tuning of a teacher: fields of `Stage`, and start: a task whose teacher's encoder it
+goes on from (None: the base model)."""
+
+TEACHERS: dict[str, dict[str, Any]] = {
+    "sst2": {},
+    "mrpc": {"start": None},
+    "rte": {"start": None},
+    "cola": {},
+    "stsb": {"start": None},
+    "qnli": {},
+    "qqp": {},
+    "mnli": {},
+}
+"""What is different from `TEACHER`."""
+
+TERMS = ("embedding", "scores", "ffn", "logits", "labels")
+
+STAGE: dict[str, Any] = {
+    "name": "task",
+    "learning_rate": 1e-3,
+    "epochs": 10,
+    "batch_size": 32,
+    "dropout": 0.0,
+    "objective": {"terms": [{"tap": tap} for tap in TERMS]},
+}
+"""The last stage of every student: fields of `Stage` as its JSON has them."""
+
+STAGES: dict[str, dict[str, Any]] = {
+    "sst2": {"epochs": 3, "batch_size": 64},
+    "mrpc": {},
+    "rte": {},
+    "cola": {},
+    "stsb": {},
+    "qnli": {"epochs": 3, "batch_size": 64},
+    "qqp": {"epochs": 3, "batch_size": 64},
+    "mnli": {"epochs": 5, "batch_size": 64},
+}
+"""What is different from `STAGE`: one table for all kinds, so that peers have the same steps."""
+
+RATES = (3e-4, 1e-3, 3e-3)
+"""Learning rates that every kind may choose from, in a short run each."""
+
+SEARCH_SEED = 0
+"""Of the runs that choose a rate: none of the seeds that are reported."""
+
+OUTSIDE: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "sst2": ("imdb", "imdb/test.tsv", ("text",)),
+    "mrpc": ("paws_wiki", "paws_wiki/dev.tsv", ("sentence1", "sentence2")),
+}
+"""Out of distribution: task -> name, file below --ood-dir (perhaps .gz or .xz), text columns."""
+
+HIDDEN_TAPS = ("embedding", "scores", "ffn")
+"""Terms that a student of another depth and width cannot have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the students of one task are made and trained.
+
+    stages: one after another, as `Stage.to_dict` without seed; the last has the rate that `rates`
+    are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
+    init: of the kinds kronbert and kronbert-nostage1, see `kronbert.convert`, on
+    ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. augment: copies
+    per row with words replaced; text_rows: sentences of --text; both without labels, for stages
+    that read none. start: a task whose student of the same kind, factor, seed and tag it goes on
+    from."""
+
+    stages: tuple[dict[str, Any], ...]
+    rates: tuple[float, ...] = RATES
+    share: float = 0.25
+    init: str = "data"
+    calibration_rows: int = 4096
+    calibration_text: int = 0
+    augment: int = 0
+    text_rows: int = 0
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "rates", tuple(self.rates))
+        if self.init not in ("data", "weights"):
+            raise DistillError(f"init={self.init!r}: expected 'data' or 'weights'.")
+        if not self.stages:
+            raise DistillError("stages: expected one or more.")
+        stages = self.stages_of("kronbert", seed=0)
+        if (self.augment or self.text_rows) and all(one.objective.label_tap for one in stages):
+            raise DistillError(
+                "augment, text_rows: rows without labels, but every stage learns from labels. "
+                "Drop the term 'labels' from one."
+            )
+        names = [stage.name for stage in stages]
+        if len(set(names)) < len(names):
+            raise DistillError(f"stages {names}: expected different names; one folder each.")
+
+    def stages_of(self, kind: str, seed: int) -> list[Stage]:
+        """The stages of one student: a dense one of another width has no terms on hidden states."""
+        found = []
+        for given in self.stages:
+            told = {**given, "seed": seed}
+            if kind == "dense":
+                terms = told["objective"]["terms"]
+                kept = [term for term in terms if term["tap"] not in HIDDEN_TAPS]
+                if not kept:
+                    continue  # a stage on hidden states alone
+                told["objective"] = {"terms": kept}
+            found.append(Stage.from_dict(told))
+        if not found:
+            raise DistillError(f"stages: none has a term that a student of kind {kind!r} can have.")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, strings and numbers."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return found
+
+
+def training_of(task: str, changes: Mapping[str, Any]) -> Training:
+    """The task's training, with ``changes``: fields of `Training`, or of its last stage."""
+    made = Training(stages=({**STAGE, **STAGES.get(task, {})},))
+    known = [field.name for field in fields(Training)]
+    staged = [field.name for field in fields(Stage) if field.name not in ("name", "seed")]
+    for key in changes:
+        if key not in known + staged:
+            raise DistillError(f"--stage: unknown key {key!r}. {near(key, known + staged)}")
+    made = replace(made, **{key: value for key, value in changes.items() if key in known})
+    last = {**made.stages[-1], **{k: v for k, v in changes.items() if k in staged}}
+    return replace(made, stages=(*made.stages[:-1], last))
+
+
+def read_changes(given: str | None) -> dict[str, Any]:
+    """The JSON object of --stage: its text, or the file that holds it."""
+    if given is None:
+        return {}
+    text = given if given.lstrip().startswith("{") else Path(given).read_text()
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DistillError(f"--stage {given}: no JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise DistillError(f"--stage {given}: expected an object, such as {{'epochs': 5}}.")
+    return found
+
+
+def teacher_of(task: str) -> dict[str, Any]:
+    """The row of the teachers' table, whole."""
+    return {"start": None, **TEACHER, **TEACHERS.get(task, {})}
+
+
+def is_subset(source: str) -> bool:
+    """Whether the rows are part of the task's own, or replace them, as their files' names say."""
+    return any(word in source.lower() for word in ("subset", "derived", "custom"))

@@ -1,0 +1,264 @@
+"""The students that the GLUE study compares: every kind at one parameter count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, DataCollatorWithPadding
+
+import kronbert
+from kronbert.config import Rule
+from kronbert.embedding import KroneckerEmbedding
+from kronbert.errors import DataError
+from kronbert.job_models import open_model
+from kronbert.job_start import Start, find_start, student_from
+from kronbert.linear import KroneckerLinear
+from kronbert.planning import LayerSize, Plan
+from kronbert.search import Candidate, pareto, predicted_loss, svd_rank
+from kronbert.shapes import KroneckerShape, divisors, low_rank
+
+BUCKETS = 4000
+"""Slices of the budget in which `single_products` keeps the best mix."""
+
+
+def stage1_start(asked: str | None, teacher: Any, tokenizer: Any, factor: float) -> Start | None:
+    """The stage-1 student of this factor: a folder of ``asked``, or one that comes with kronbert.
+
+    asked: holds 8/, 19/, ... as save_pretrained or pretrain-student wrote them; "none"."""
+    if asked not in (None, "none"):
+        place = Path(str(asked), f"{factor:g}")
+        inner = place / "student"
+        if place.is_dir():
+            found = str(inner if inner.is_dir() else place)
+            return find_start(found, teacher, tokenizer, factor, None)
+        if not Path(str(asked)).is_dir():
+            raise DataError(f"--stage1 {asked}: no such folder.")
+    return find_start("none" if asked == "none" else None, teacher, tokenizer, factor, None)
+
+
+def plan_of(teacher: Any, factor: float, start: Start | None) -> Plan:
+    """The shapes that all kinds have the size of: the stage-1 student's, or the planner's."""
+    if start is None:
+        return kronbert.plan(teacher, factor=factor, errors=False)
+    plan: Plan = student_from(start, teacher, factor=factor).kronecker_plan
+    return plan
+
+
+def build(
+    kind: str, teacher: Any, factor: float, start: Start | None, calibration: list[Any] | None
+) -> Any:
+    """A student of ``teacher``; calibration: batches for a fit to data, None for the weights."""
+    if kind == "kronbert" and start is not None:
+        return student_from(start, teacher, factor=factor)
+    plan = plan_of(teacher, factor, start)
+    if kind == "dense":
+        return two_layers(teacher, plan.parameters)
+    if kind in ("kronbert", "kronbert-nostage1"):
+        if calibration is None:
+            return kronbert.convert(teacher, plan=plan)
+        return kronbert.convert(teacher, plan=plan, init="data", calibration=calibration)
+    if kind == "svd":
+        return kronbert.convert(teacher, plan=all_svd(plan))
+    if kind == "paper":
+        return kronbert.convert(teacher, plan=single_products(plan))
+    if kind == "random":
+        student = kronbert.convert(teacher, plan=plan)
+        randomise(student)
+        return student
+    raise DataError(f"student {kind!r}: no such kind.")
+
+
+def all_svd(plan: Plan) -> Plan:
+    """Truncated SVDs with the numbers that ``plan`` gives each layer, less than a rank apart.
+
+    What the ranks' rounding leaves over is spread rank by rank, first where one costs least."""
+    free = [layer for layer in plan.converted if not layer.size.tied_to]
+    ranks = {
+        layer.size.name: svd_rank(layer.size.out, layer.size.inner, layer.weights).rank
+        for layer in free
+    }
+    sizes = {layer.size.name: layer.size for layer in free}
+
+    def edited() -> Plan:
+        return plan.edit({n: low_rank(s.out, s.inner, ranks[n]) for n, s in sizes.items()})
+
+    left = plan.parameters - edited().parameters
+    order = sorted(free, key=lambda layer: layer.size.out + layer.size.inner)
+    while left >= order[0].size.out + order[0].size.inner:
+        before = left
+        for size in (layer.size for layer in order):
+            if size.out + size.inner <= left and ranks[size.name] < min(size.out, size.inner):
+                ranks[size.name] += 1
+                left -= size.out + size.inner
+        if left == before:
+            break  # every layer that could take a rank has its full one
+    return edited()
+
+
+def single_products(plan: Plan) -> Plan:
+    """One Kronecker product per layer and a ``1 x n`` embedding, as large as ``plan`` allows.
+
+    As in KroneckerBERT, layers of one size and group share their shape; what is left of the budget
+    then goes to single layers. Shapes keep half of a layer's matrix rank, as the paper's do."""
+    free = [layer for layer in plan.converted if not layer.size.tied_to]
+    classes: dict[tuple[str, str, int, int], list[LayerSize]] = {}
+    for layer in free:
+        size = layer.size
+        classes.setdefault((size.group, size.kind, size.out, size.inner), []).append(size)
+    depth = max(1, sum(layer.size.group in ("attention", "feed-forward") for layer in free) // 6)
+    options = {key: _products(members[0]) for key, members in classes.items()}
+    budget = sum(layer.weights for layer in free)
+    mixes: list[tuple[int, float, tuple[Candidate, ...]]] = [(0, 0.0, ())]
+    for key, members in classes.items():
+        vote = depth if key[1] == "embedding" else len(members)
+        best: dict[int, tuple[int, float, tuple[Candidate, ...]]] = {}
+        for used, loss, picks in mixes:
+            for one in options[key]:
+                total = used + len(members) * one.weights
+                mix = (total, loss + vote * one.loss, (*picks, one))
+                place = total * BUCKETS // budget
+                if total <= budget and (place not in best or mix[1] < best[place][1]):
+                    best[place] = mix
+        mixes = list(best.values())
+    if not mixes:
+        raise DataError("kind 'paper': no single products are this small. Leave this factor out.")
+    used, _, picks = min(mixes, key=lambda mix: mix[1])
+    chosen = {s.name: pick for m, pick in zip(classes.values(), picks, strict=True) for s in m}
+    left = budget - used
+    for key, members in classes.items():
+        for size in members:
+            larger = [c for c in options[key] if c.weights - chosen[size.name].weights <= left]
+            best_one = max(larger, key=lambda c: c.weights)
+            if best_one.weights > chosen[size.name].weights:
+                left -= best_one.weights - chosen[size.name].weights
+                chosen[size.name] = best_one
+    return plan.edit({name: list(one.groups) or "dense" for name, one in chosen.items()})
+
+
+def _products(size: LayerSize) -> list[Candidate]:
+    """Single products for one layer, weights ascending, predicted loss descending."""
+    table, found = size.kind in ("embedding", "position"), []
+    for a_out in [size.out] if table else divisors(size.out):
+        for a_in in divisors(size.inner):
+            shape = KroneckerShape(a_out, a_in, size.out // a_out, size.inner // a_in)
+            rank = min(shape.a_out, shape.a_in) * min(shape.b_out, shape.b_in)
+            whole = table or 2 * rank >= min(size.out, size.inner)
+            if whole and shape.parameters < size.weights:
+                loss = predicted_loss(shape, size.weights, table=table)
+                found.append(Candidate(shape.parameters, loss, (shape,)))
+    return pareto([*found, Candidate(size.weights, 0.0)])
+
+
+@torch.no_grad()
+def randomise(student: Any) -> None:
+    """Every number as a new model of this configuration would have it."""
+    spread = student.config.initializer_range
+    for module in student.modules():
+        if isinstance(module, KroneckerEmbedding):
+            module.reset_parameters()  # a table of variance 1, where BERT has spread squared
+            for letter in "ab":
+                for matrix in module.matrices(letter):
+                    matrix.mul_(spread**0.5)
+        elif isinstance(module, KroneckerLinear):
+            module.reset_parameters()
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.weight.normal_(std=spread)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                torch.nn.init.zeros_(bias)
+
+
+def two_layers(teacher: Any, budget: int) -> Any:
+    """A dense BERT of two layers with at most ``budget`` parameters.
+
+    Of the widths within 6 % of the widest that fits, the one with the most heads (at most 12); its
+    feed-forward width, four times the model's or more, uses up the budget."""
+    base = teacher.config
+    fitting = [
+        (heads, width)
+        for heads in (1, 2, 3, 4, 6, 8, 12)
+        for width in range(heads, base.hidden_size, heads)
+        if parameters_of(base, width, 4 * width) <= budget
+    ]
+    if not fitting:
+        raise DataError(f"kind 'dense': {budget:,} parameters hold no model of two layers.")
+    widest = max(width for _, width in fitting)
+    heads, width = max((h, w) for h, w in fitting if w >= 0.94 * widest)
+    wide = 4 * width + (budget - parameters_of(base, width, 4 * width)) // (2 * (2 * width + 1))
+    changes = {
+        "hidden_size": width,
+        "intermediate_size": wide,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 2,
+    }
+    config = BertConfig(**{**base.to_diff_dict(), **changes})
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def parameters_of(base: Any, h: int, f: int) -> int:
+    """Of a BERT of two layers, h wide with f in the feed-forward, and a head like ``base``'s."""
+    tables = (base.vocab_size + base.max_position_embeddings + base.type_vocab_size) * h
+    layer = 4 * (h * h + h) + 2 * h * f + f + h + 4 * h
+    return int(tables + 2 * h + 2 * layer + h * h + h + base.num_labels * (h + 1))
+
+
+def continued(teacher: Any, folder: Path) -> Any:
+    """A student for ``teacher``'s task that goes on from another task's, saved in ``folder``: its
+    shapes and encoder, pooler included; the head is the teacher's, or new in a dense one."""
+    learnt: Any = open_model(str(folder)).float()
+    plan = getattr(learnt, "kronecker_plan", None)
+    if plan is None:
+        names = {"num_labels", "id2label", "label2id", "problem_type"}
+        own = {k: v for k, v in teacher.config.to_dict().items() if k in names}
+        config = BertConfig(**{**learnt.config.to_diff_dict(), **own})
+        student = AutoModelForSequenceClassification.from_config(config)
+    else:
+        rules = {layer.size.name: Rule(groups=layer.groups) for layer in plan.converted}
+        student = kronbert.convert(teacher, rules=rules, keep=())
+    student.base_model.load_state_dict(learnt.base_model.state_dict())
+    return student
+
+
+def calibration_batches(
+    rows: Any, count: int, seed: int, tokenizer: Any, text: Sequence[Any] = ()
+) -> list[Any]:
+    """``count`` tokenised rows in batches of 64, drawn with ``seed``, alternating with ``text``."""
+    drawn = rows.shuffle(seed=seed).select(range(min(count, len(rows))))
+    drawn = drawn.remove_columns([n for n in ("labels",) if n in drawn.column_names])
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def batches(of: Any) -> Iterator[Any]:
+        for start in range(0, len(of), 64):
+            batch = [of[i] for i in range(start, min(start + 64, len(of)))]
+            yield dict(collate(batch))
+
+    return list(_alternate(batches(drawn), batches(text)))
+
+
+def _alternate(first: Iterable[Any], second: Iterable[Any]) -> Iterator[Any]:
+    sources = [iter(first), iter(second)]
+    while sources:
+        for source in list(sources):
+            try:
+                yield next(source)
+            except StopIteration:
+                sources.remove(source)
+
+
+def shapes_of(student: Any) -> dict[str, str]:
+    """Group and size of the converted layers -> their shapes, the different ones."""
+    plan = getattr(student, "kronecker_plan", None)
+    found: dict[str, list[str]] = {}
+    for layer in plan.converted if plan else ():
+        key = f"{layer.size.group} {layer.size.out}x{layer.size.inner}"
+        spec = " + ".join(shape.spec for shape in layer.groups)
+        if spec not in found.setdefault(key, []):
+            found[key].append(spec)
+    return {key: ", ".join(specs) for key, specs in found.items()}

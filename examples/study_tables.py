@@ -1,0 +1,248 @@
+"""The tables and the picture of the GLUE study, from the JSON that its --collect wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import study_settings as settings  # type: ignore[import-not-found]
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from study_results import Results, Spread, score_of  # type: ignore[import-not-found]
+
+from kronbert.pictures import COLOURS, MARKERS, STYLE, WIDTH
+
+NONE = "not measured"
+SCORES, OUTSIDE = "scores", "outside"
+
+
+def read(path: Path) -> Results:
+    """The collected results; none where there is no such file."""
+    empty: dict[str, Any] = {"limit": None, "teachers": [], "runs": []}
+    return Results(json.loads(path.read_text()) if path.is_file() else empty)
+
+
+def full_tasks(results: Results) -> str:
+    """The five tasks with their whole data, and the mean over them."""
+    return _table(results, settings.FULL, mean=True)
+
+
+def subsets(results: Results) -> str:
+    """Tasks apart: trained, and partly scored, on subsets."""
+    return _table(results, settings.PARTIAL, mean=False)
+
+
+def outside(results: Results) -> str:
+    """Students on texts of another origin than their training data."""
+    tasks = tuple(settings.OUTSIDE)
+    titles = [
+        _task_title(results, task).replace(task, f"{task} on {settings.OUTSIDE[task][0]}", 1)
+        for task in tasks
+    ]
+    return _table(results, tasks, mean=False, sets=OUTSIDE, titles=titles)
+
+
+def _table(
+    results: Results,
+    tasks: tuple[str, ...],
+    *,
+    mean: bool,
+    sets: str = SCORES,
+    titles: list[str] | None = None,
+) -> str:
+    if not results.teachers:
+        return NONE
+    heads = titles or [_task_title(results, task) for task in tasks]
+    lines = _head(["factor", "student", "parameters", *heads, *(["mean", "kept"] if mean else [])])
+    full = {task: results.teacher(task, sets) for task in tasks}
+    cells = [_percent(full[task]) for task in tasks]
+    sizes = sorted({row["parameters"] for t, row in results.teachers.items() if t in tasks})
+    lines.append(_row(["1", "teacher", _size(sizes), *cells, *_of_mean(full.values(), mean)]))
+    if sets == SCORES:
+        base = {task: _commonest(results, task) for task in tasks}
+        cells = [_commonest_cell(results, task, base[task]) for task in tasks]
+        lines.append(_row(["", "always the commonest class", "", *cells, *(["", ""] * mean)]))
+    for factor in results.factors():
+        for kind, title in settings.KINDS.items():
+            cells = [
+                _cell(
+                    Spread.over(list(results.scores(kind, factor, task, sets=sets).values())),
+                    Spread.over(list(results.retained(kind, factor, task, sets=sets).values())),
+                )
+                for task in tasks
+            ]
+            if mean:
+                cells.append(_plain(results.mean_score(kind, factor)))
+                cells.append(_plain(results.mean_retained(kind, factor), " %"))
+            size = _size(results.parameters(kind, factor, tasks))
+            lines.append(_row([f"{factor:g}", title, size, *cells]))
+    return "\n".join([*lines, "", *_notes(results, tasks, sets)])
+
+
+def ablations(results: Results) -> str:
+    """Every variant beside the main runs of the same kind and factor; differences on the seeds that
+    both have."""
+    variants = sorted(
+        {(r["student"], r["factor"], r["tag"]) for r in results.runs if r["tag"] != settings.MAIN}
+    )
+    if not variants:
+        return NONE
+    tagged = {row["task"] for row in results.runs if row["tag"] != settings.MAIN}
+    tasks = [task for task in (*settings.FULL, *settings.PARTIAL) if task in tagged]
+    heads = [_task_title(results, task) for task in tasks]
+    lines = _head(["factor", "student", "variant", "changed", *heads])
+    for kind, factor in dict.fromkeys((kind, factor) for kind, factor, _ in variants):
+        own = [tag for k, f, tag in variants if (k, f) == (kind, factor)]
+        for tag in (settings.MAIN, *own):
+            cells = []
+            for task in tasks:
+                scores = results.scores(kind, factor, task, tag)
+                main = results.scores(kind, factor, task)
+                both = sorted(set(scores) & set(main))
+                gain = Spread.over([scores[seed] - main[seed] for seed in both])
+                said = _plain(Spread.over(list(scores.values())))
+                if tag != settings.MAIN and gain is not None:
+                    said += f" ({100 * gain.mean:+.1f})"
+                cells.append(said)
+            changed = "" if tag == settings.MAIN else f"`{_changes(results, kind, factor, tag)}`"
+            lines.append(_row([f"{factor:g}", settings.KINDS[kind], tag, changed, *cells]))
+    return "\n".join([*lines, "", *_notes(results, tuple(tasks), SCORES)])
+
+
+def _changes(results: Results, kind: str, factor: float, tag: str) -> str:
+    """What differs from the main runs: the same for every run of the tag, or all of them."""
+    found = {
+        json.dumps(row["changes"])
+        for row in results.runs
+        if (row["student"], row["factor"], row["tag"]) == (kind, factor, tag)
+    }
+    return " or ".join(sorted(found))
+
+
+def retention_picture(results: Results, path: Path) -> bool:
+    """Mean of student / teacher over the five full tasks against the factor, one line per kind,
+    whiskers of one standard deviation over seeds. False: nothing to draw, no picture."""
+    lines = {}
+    for kind, title in settings.KINDS.items():
+        points = [(f, results.mean_retained(kind, f)) for f in results.factors()]
+        known = [(f, spread) for f, spread in points if spread is not None]
+        if known:
+            lines[title.replace("**", "")] = known
+    if not lines:
+        return False
+    with matplotlib.rc_context(), matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.6), dpi=144, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for index, (title, known) in enumerate(lines.items()):
+            axes.errorbar(
+                [factor for factor, _ in known],
+                [100 * spread.mean for _, spread in known],
+                yerr=[100 * (spread.spread or 0.0) for _, spread in known],
+                label=title,
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                capsize=3,
+            )
+        factors = sorted({factor for known in lines.values() for factor, _ in known})
+        axes.set_xscale("log")
+        axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("parameters of the teacher / student")
+        axes.set_ylabel("score of the teacher kept (%)")
+        axes.set_title(f"Mean over {', '.join(settings.FULL)}; dev sets")
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Software": None})
+    return True
+
+
+def _head(names: list[str]) -> list[str]:
+    return [_row(names), "|" + "---|" * len(names)]
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _task_title(results: Results, task: str) -> str:
+    row = results.teachers.get(task)
+    if row is None:
+        return task
+    return f"{task}{' (subset)' if row['subset'] else ''}, {row['metric']}"
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+def _plain(spread: Spread | None, unit: str = "") -> str:
+    if spread is None:
+        return NONE
+    if spread.spread is None:
+        return f"{100 * spread.mean:.1f}{unit} (1 seed)"
+    return f"{100 * spread.mean:.1f} ± {100 * spread.spread:.1f}{unit}"
+
+
+def _cell(score: Spread | None, kept: Spread | None) -> str:
+    return _plain(score) + (f", {100 * kept.mean:.1f} %" if kept is not None else "")
+
+
+def _size(sizes: list[int]) -> str:
+    if not sizes:
+        return NONE
+    few, most = f"{sizes[0] / 1e6:.3f}", f"{sizes[-1] / 1e6:.3f}"
+    return f"{few} M" if few == most else f"{few} to {most} M"
+
+
+def _of_mean(values: Iterable[float | None], shown: bool) -> list[str]:
+    if not shown:
+        return []
+    known = [value for value in values if value is not None]
+    whole = len(known) == len(settings.FULL)
+    return [_percent(sum(known) / len(known)) if whole else NONE, "100 %" if whole else NONE]
+
+
+def _commonest(results: Results, task: str) -> float | None:
+    row = results.teachers.get(task)
+    return None if row is None else score_of({**row, SCORES: row["commonest"]})
+
+
+def _commonest_cell(results: Results, task: str, score: float | None) -> str:
+    if score is None:
+        return "no classes" if task in results.teachers else NONE
+    return _percent(score)
+
+
+def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> list[str]:
+    """Where the figures come from: data, seeds, machines, versions and commits."""
+    teachers = [row for row in results.teachers.values() if row["task"] in tasks]
+    runs = [row for row in results.runs if row["task"] in tasks]
+    rows = [*teachers, *runs]
+    data = "outside_data" if sets == OUTSIDE else "data"
+    seeds = sorted({row["seed"] for row in runs})
+    starts = sorted({row["start"]["name"] for row in runs if row["start"]})
+    said = [
+        "Scores of the last step"
+        + (" on dev sets" if sets == SCORES else " on texts of another origin")
+        + "; mean ± standard deviation over seeds"
+        + (f" {', '.join(map(str, seeds))}" if seeds else "")
+        + "; percent: student / teacher.",
+        f"Data: {_list(rows, lambda row: row.get(data))}.",
+        f"Started from: {', '.join(starts) or 'no stage-1 student'}.",
+        f"Machines: {_list(rows, lambda row: row['machine'])}; torch "
+        f"{_list(rows, lambda row: row['versions']['torch'])}, transformers "
+        f"{_list(rows, lambda row: row['versions']['transformers'])}; commits "
+        f"{_list(rows, lambda row: row['commit'][:8])}.",
+    ]
+    if results.content["limit"] is not None:
+        said.append(f"A trial: at most {results.content['limit']} training rows.")
+    return [" ".join(said)]
+
+
+def _list(rows: list[Mapping[str, Any]], of: Callable[[Mapping[str, Any]], str | None]) -> str:
+    return "; ".join(sorted({found for row in rows if (found := of(row))})) or NONE

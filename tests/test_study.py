@@ -1,0 +1,518 @@
+"""The GLUE study on a tiny BERT: sizes, skipping, resuming, locks, collecting, tables, picture."""
+
+import importlib
+import json
+import random
+import shutil
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from matplotlib.image import imread
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+import kronbert
+from kronbert.errors import DataError, DistillError
+from kronbert.job_models import open_model
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+GOOD, BAD = ["good", "fine", "bright", "kind"], ["bad", "poor", "dull", "rude"]
+PLAIN = ["the", "a", "soup", "room", "film", "was", "and", "it"]
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The study's modules, imported as the scripts import them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        names = ("study_settings", "study_students", "study_provenance", "study_data", "study_runs",
+                 "study_results", "study_tables")  # fmt: skip
+        found = {n.removeprefix("study_"): importlib.import_module(n) for n in names}
+        found["main"] = importlib.import_module("glue_study")
+        yield Namespace(**found)
+        for name in (*names, "glue_study"):
+            sys.modules.pop(name)
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    """sst2 and mnli (named a subset) in folders, and an out-of-distribution set."""
+    root, rng = tmp_path_factory.mktemp("glue"), random.Random(0)
+
+    def sentence(good):
+        words = rng.choices(GOOD if good else BAD, k=3) + rng.choices(PLAIN, k=rng.randint(1, 6))
+        rng.shuffle(words)
+        return " ".join(words)
+
+    def write(path, columns, rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["\t".join(columns), *("\t".join(row) for row in rows)]) + "\n")
+
+    for name, count in (("train", 64), ("dev", 32)):
+        rows = [(sentence(i % 2), str(i % 2)) for i in range(count)]
+        write(root / "glue/sst2" / f"{name}.tsv", ("sentence", "label"), rows)
+    labels = ("entailment", "neutral", "contradiction")
+    for name in ("train_subset", "dev_matched", "dev_mismatched"):
+        rows = [(sentence(i % 2), sentence(i % 3), labels[i % 3]) for i in range(36)]
+        write(root / "glue/mnli" / f"{name}.tsv", ("premise", "hypothesis", "label"), rows)
+    rows = [(sentence(i < 10), str(int(i < 10))) for i in range(20)]
+    write(root / "ood/imdb/test.tsv", ("text", "label"), rows)
+    return root
+
+
+SMALL = {"epochs": 1, "batch_size": 16, "rates": [1e-3], "calibration_rows": 32}
+
+
+@pytest.fixture
+def options(tiny_bert, glue, tmp_path, modules, monkeypatch):
+    monkeypatch.setitem(modules.settings.TEACHER, "epochs", 1)
+    monkeypatch.setattr(modules.settings, "FULL", ("sst2",))
+    changes = tmp_path / "stage.json"
+    changes.write_text(json.dumps(SMALL))
+    words = ["--model", tiny_bert, "--data-dir", glue / "glue", "--output", tmp_path / "out"]
+    words += ["--tasks", "sst2", "--factors", 3, "--seeds", 1, "--students", "kronbert"]
+    words += ["--stage", changes, "--tag", "main", "--stage1", "none"]
+    return modules.main.parser().parse_args([str(word) for word in words])
+
+
+def made(modules, options):
+    """The results of all runs, by kind."""
+    study = modules.runs.Study(options)
+    runs = modules.main.runs_of(options)
+    failed = modules.main.work(study, runs)
+    if failed:
+        raise DistillError(failed[0])
+    return {run.kind: json.loads((run.folder(study.output) / "result.json").read_text())
+            for run in runs}  # fmt: skip
+
+
+@pytest.fixture
+def counted(modules, monkeypatch):
+    """Every stage that is trained: its name."""
+    seen = []
+    real = modules.runs.run_stage
+
+    def counting(student, teacher, stage, *rest, **more):
+        seen.append(stage.name)
+        return real(student, teacher, stage, *rest, **more)
+
+    monkeypatch.setattr(modules.runs, "run_stage", counting)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """A BERT whose shares of embedding and layers are MiniLM's, a quarter as wide."""
+    config = BertConfig(
+        vocab_size=7_000,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=384,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize("factor", [4.0, 8.0])
+def test_all_kinds_have_one_size(modules, bert, factor):
+    asked = kronbert.plan(bert, factor=factor, errors=False)
+    sizes = {
+        kind: modules.students.build(kind, bert, factor, None, None).num_parameters()
+        for kind in modules.settings.KINDS
+    }
+    ranks = [layer.size.out + layer.size.inner for layer in asked.converted]
+    assert sizes["kronbert"] == sizes["kronbert-nostage1"] == sizes["random"] == asked.parameters
+    assert 0 <= asked.parameters - sizes["svd"] < min(ranks)
+    assert 0 <= asked.parameters - sizes["dense"] < 2 * (2 * 96 + 1)
+    assert 0 <= asked.parameters - sizes["paper"] < 0.03 * asked.parameters
+
+
+def test_peers_are_what_they_are_called(modules, bert):
+    build = modules.students.build
+    paper = build("paper", bert, 8.0, None, None).kronecker_plan
+    for layer in paper.converted:
+        (shape,) = layer.groups
+        assert shape.rank == 1
+        if layer.size.group == "embedding":
+            assert shape.b_out == 1
+        else:
+            rank = min(shape.a_out, shape.a_in) * min(shape.b_out, shape.b_in)
+            assert rank >= min(layer.size.out, layer.size.inner) / 2
+    svd = build("svd", bert, 8.0, None, None).kronecker_plan
+    assert all(shape.low_rank for layer in svd.converted for shape in layer.groups)
+    dense = build("dense", bert, 8.0, None, None)
+    assert dense.config.num_hidden_layers == 2
+    assert not hasattr(dense, "kronecker_plan")
+
+
+def test_random_student_keeps_nothing_of_the_teacher(modules, bert):
+    fitted = modules.students.build("kronbert", bert, 8.0, None, None)
+    student = modules.students.build("random", bert, 8.0, None, None)
+    for name, value in student.named_parameters():
+        other = dict(fitted.named_parameters())[name]
+        if value.numel() > 200 and value.std() > 0:
+            cosine = torch.nn.functional.cosine_similarity(value.flatten(), other.flatten(), dim=0)
+            assert abs(cosine) < 0.3, name
+    table = student.get_input_embeddings().weight
+    assert table.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_a_run_is_made_once_and_says_where_it_comes_from(modules, options, glue, counted):
+    options.ood_dir, options.ood_limit = str(glue / "ood"), 10
+    options.students = ["kronbert", "svd"]
+    rows = made(modules, options)
+    assert counted == ["teacher", "task", "task"]
+    row = rows["kronbert"]
+    assert row["init"] == "data"
+    assert rows["svd"]["init"] == "weights"
+    assert row["measured_factor"] == row["teacher_parameters"] / row["parameters"]
+    assert row["stages"][0]["epochs"] == 1
+    assert row["stages"][0]["seed"] == row["seed"] == 1
+    assert row["outside"].keys() == {"imdb"}
+    assert row["outside_data"] == "imdb/test.tsv; 10 of 20 rows, evenly spaced"
+    assert row["data"] == "sst2/train.tsv, dev.tsv"
+    assert not row["subset"]
+    assert not row["resumed"]
+    assert len(row["history"]) >= 4
+    folder = Path(options.output) / "sst2/main/kronbert-3-seed1"
+    assert not (folder / "run").exists()
+    assert open_model(str(folder / "model")).kronecker_plan.factor > 2.9
+    made(modules, options)
+    assert counted == ["teacher", "task", "task"]
+    (folder / "result.json").unlink()
+    made(modules, options)
+    assert counted == ["teacher", "task", "task", "task"]
+
+
+def test_a_result_of_other_settings_is_refused_or_kept(modules, options, counted):
+    made(modules, options)
+    Path(options.stage).write_text(json.dumps({**SMALL, "epochs": 2}))
+    with pytest.raises(DistillError, match=r"other settings \(training, changes\).*--tag"):
+        made(modules, options)
+    options.only_missing = True
+    made(modules, options)
+    assert counted == ["teacher", "task"]
+
+
+def test_a_killed_run_goes_on_to_the_same_scores(modules, options, monkeypatch):
+    whole = made(modules, options)["kronbert"]
+    folder = Path(options.output) / "sst2/main/kronbert-3-seed1"
+    trained = open_model(str(folder / "model")).state_dict()
+    shutil.rmtree(folder)
+    from kronbert.distill.finetune import _StageTrainer
+
+    real = _StageTrainer.training_step
+
+    def dying(self, *rest, **more):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_StageTrainer, "training_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            made(modules, options)
+    assert list((folder / "run/task").glob("checkpoint-*"))
+    assert not (folder / "result.json").exists()
+    steps = []
+
+    def counting(self, *rest, **more):
+        steps.append(self.state.global_step)
+        return real(self, *rest, **more)
+
+    monkeypatch.setattr(_StageTrainer, "training_step", counting)
+    row = made(modules, options)["kronbert"]
+    assert steps == [3]
+    assert row["resumed"]
+    assert row["scores"] == whole["scores"]
+    for name, value in open_model(str(folder / "model")).state_dict().items():
+        torch.testing.assert_close(value, trained[name])
+
+
+def test_a_locked_run_is_left_to_its_process(modules, options, counted, capsys, monkeypatch):
+    monkeypatch.setattr(modules.main, "PATIENCE", 0.0)
+    study = modules.runs.Study(options)
+    teacher, run = modules.main.runs_of(options)
+    study.make(teacher)
+    folder = run.folder(study.output)
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        modules.main.work(study, [run])
+    assert counted == ["teacher"]
+    assert "being worked on by another process" in capsys.readouterr().out
+    rates = {**SMALL, "rates": [1e-4, 1e-3]}
+    Path(options.stage).write_text(json.dumps(rates))
+    study = modules.runs.Study(options)
+    place = run.rates_folder(study.output)
+    place.mkdir(parents=True)
+    lock, slept = FileLock(place / ".lock"), []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        lock.release()
+
+    monkeypatch.setattr(modules.main.time, "sleep", sleep)
+    lock.acquire()
+    modules.main.work(study, [run])  # waits for the rates, then trains
+    assert slept == [0.0]
+    row = json.loads((folder / "result.json").read_text())
+    assert [one["learning_rate"] for one in row["search"]["results"]] == [1e-4, 1e-3]
+    assert row["stages"][-1]["learning_rate"] == row["search"]["learning_rate"]
+    before = list(counted)
+    options.seeds = [1, 2]
+    made(modules, options)  # another seed, the same search
+    assert counted == [*before, "task"]
+
+
+def test_stages_of_a_dense_student_have_no_hidden_terms(modules):
+    training = modules.settings.training_of("sst2", {"epochs": 7, "share": 0.5})
+    (stage,) = training.stages_of("dense", seed=3)
+    assert stage.objective.taps == {"logits", "labels"}
+    assert (stage.epochs, stage.seed, training.share) == (7, 3, 0.5)
+    (own,) = training.stages_of("svd", seed=3)
+    assert own.objective.taps > stage.objective.taps
+    with pytest.raises(DistillError, match=r"unknown key 'epoch'.*epochs"):
+        modules.settings.training_of("sst2", {"epoch": 7})
+    with pytest.raises(DistillError, match="every stage learns from labels"):
+        modules.settings.training_of("sst2", {"augment": 2})
+    hidden = [{**modules.settings.STAGE, "objective": {"terms": [{"tap": "ffn"}]}}]
+    with pytest.raises(DistillError, match="kind 'dense' can have"):
+        modules.settings.training_of("sst2", {"stages": hidden}).stages_of("dense", seed=3)
+
+
+def test_several_stages_text_cache_and_copies(modules, options, counted, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(["The soup was good. The room was dull. The film was fine."] * 20))
+    options.text = str(text)
+    soft = {**modules.settings.STAGE, "epochs": 1, "batch_size": 16}
+    hidden = {**soft, "name": "hidden", "objective": {"terms": [{"tap": "ffn"}]}}
+    soft["objective"] = {"terms": [{"tap": "logits"}]}
+    soft["cache_teacher"] = True
+    hard = {**hidden, "name": "hard", "objective": {"terms": [{"tap": "labels"}]}}  # no bare rows
+    told = {**SMALL, "stages": [hidden, soft, hard], "augment": 2, "text_rows": 12,
+            "calibration_text": 10}  # fmt: skip
+    told = {k: v for k, v in told.items() if k not in ("epochs", "batch_size")}
+    Path(options.stage).write_text(json.dumps(told))
+    row = made(modules, options)["kronbert"]
+    assert counted == ["teacher", "hidden", "task", "hard"]
+    assert row["rows"] > 64 + 12 + 64
+    assert "rows without a label" in row["data"]
+    assert {step["stage"] for step in row["history"]} == {"hidden", "task", "hard"}
+    assert len(list((Path(options.output) / "sst2/teacher-logits").glob("*.npy"))) == 1
+
+
+def test_teacher_and_student_go_on_from_another_task(modules, options, monkeypatch):
+    options.tasks = ["mnli"]
+    row = made(modules, options)["kronbert"]
+    assert row["subset"]
+    assert modules.settings.is_subset(row["data"])
+    monkeypatch.setitem(modules.settings.TEACHERS, "sst2", {"start": "mnli", "epochs": 0.001})
+    Path(options.stage).write_text(json.dumps({**SMALL, "epochs": 0.001, "start": "mnli"}))
+    options.tasks, options.only_missing = ["sst2"], True
+    row = made(modules, options)
+    assert row["teacher"]["start"] == "mnli"
+    assert row["kronbert"]["start"] == {"name": "student of mnli"}
+    root = Path(options.output)
+    for kind in ("teacher", "main/kronbert-3-seed1"):
+        one = open_model(str(root / "mnli" / kind / "model")).float()
+        two = open_model(str(root / "sst2" / kind / "model")).float()
+        for name, value in two.base_model.named_parameters():  # one step at a vanishing rate
+            other = dict(one.base_model.named_parameters())[name]
+            torch.testing.assert_close(value, other, atol=5e-3, rtol=0)
+    options.seeds = [2]
+    with pytest.raises(DistillError, match=r"goes on from mnli: kronbert.*not there"):
+        made(modules, options)
+
+
+def test_stage1_students_are_found_by_their_factor(modules, options, tiny_bert, tmp_path):
+    from kronbert.pretrain import PretrainSettings, pretrain_student
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(["the soup was good and the room was dull"] * 200))
+    place = tmp_path / "stage1" / "3"
+    pretrain_student(
+        PretrainSettings(model=str(tiny_bert), text=str(text), output=str(place), factor=3.0,
+                         max_length=16, epochs=1),
+        say=lambda line: None,
+    )  # fmt: skip
+    options.stage1, options.students = str(tmp_path / "stage1"), ["kronbert", "kronbert-nostage1"]
+    rows = made(modules, options)
+    assert rows["kronbert"]["start"]["name"]
+    assert rows["kronbert-nostage1"]["start"] is None
+    assert rows["kronbert"]["shapes"] == rows["kronbert-nostage1"]["shapes"]
+    options.stage1 = str(tmp_path / "absent")
+    options.seeds = [2]
+    with pytest.raises(DistillError, match=r"DataError: --stage1.*no such folder"):
+        made(modules, options)
+
+
+def test_one_failure_does_not_stop_the_others(modules, options, monkeypatch):
+    options.students = ["svd", "kronbert"]
+    real = modules.students.build
+
+    def build(kind, *rest):
+        student = real(kind, *rest)
+        if kind == "svd":
+            student.classifier.weight.data.fill_(float("nan"))
+        return student
+
+    monkeypatch.setattr(modules.students, "build", build)
+    study = modules.runs.Study(options)
+    runs = modules.main.runs_of(options)
+    (failed,) = modules.main.work(study, runs)
+    assert failed.startswith("sst2: svd, factor 3, seed 1: DistillError: diverged")
+    assert [study.done(run) for run in runs] == [True, False, True]
+
+
+def test_list_says_what_is_missing(modules, options):
+    study = modules.runs.Study(options)
+    teacher, run = modules.main.runs_of(options)
+    study.make(teacher)
+    lines = modules.main.listed(study, [teacher, run]).splitlines()
+    assert lines == [
+        "done     sst2: teacher",
+        "missing  sst2: kronbert, factor 3, seed 1",
+        "1 of 2 done",
+    ]
+
+
+def test_collect_refuses_what_does_not_belong_together(modules, options, tmp_path):
+    made(modules, options)
+    target = tmp_path / "all.json"
+    content = modules.results.collect([Path(options.output)], target)
+    assert json.loads(target.read_text()) == content
+    (row,) = content["runs"]
+    assert row["changes"] == SMALL
+    assert set(row["history"][0]) == {"stage", "step", "epoch", "eval_accuracy"}
+    assert str(tmp_path) not in target.read_text()
+    copy = tmp_path / "copy"
+    shutil.copytree(options.output, copy)
+    assert modules.results.collect([Path(options.output), copy], target) == content
+    path = copy / "sst2/main/kronbert-3-seed1/result.json"
+    told = json.loads(path.read_text())
+
+    def refused(match, **changed):
+        path.write_text(json.dumps({**told, **changed}))
+        with pytest.raises(DataError, match=match):
+            modules.results.collect([copy], target)
+
+    refused("another teacher", teacher_digest="0" * 16)
+    refused("--limit", asked={**told["asked"], "limit": 7})
+    refused("--model", asked={**told["asked"], "model": "another"})
+    refused("path of this machine", data=str(tmp_path))
+    path.write_text(json.dumps({**told, "scores": {"validation": {"accuracy": 0.0}}}))
+    with pytest.raises(DataError, match="different scores"):
+        modules.results.collect([Path(options.output), copy], target)
+    with pytest.raises(DataError, match="no result"):
+        modules.results.collect([tmp_path / "nothing"], target)
+
+
+def result(task, kind, factor, seed, score, tag="main", **more):
+    return {
+        "task": task, "student": kind, "factor": factor, "seed": seed, "tag": tag,
+        "scores": {"validation": {"accuracy": score}}, "metric": "accuracy", "start": None,
+        "parameters": 2_840_000, "data": f"{task}/train.tsv", "subset": False, "machine": "a chip",
+        "versions": {"torch": "2", "transformers": "5"}, "commit": "abcdef1234", "changes": {},
+        **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(modules):
+    """At factor 8 kronbert has three seeds of every task, svd one and none of stsb."""
+    full = ("sst2", "mrpc", "rte", "cola", "stsb")
+    commonest = {"validation": {"accuracy": 0.5}}
+    teachers = [
+        {**result(t, "teacher", 1.0, 42, 0.8), "parameters": 22_700_000, "commonest": commonest}
+        for t in full
+    ]
+    runs = [result(t, "kronbert", 8.0, s, 0.7 + 0.01 * s) for t in full for s in (1, 2, 3)]
+    runs += [result(t, "svd", 8.0, 1, 0.6) for t in full[:4]]
+    runs += [result("sst2", "kronbert", 8.0, s, 0.75, "ema", changes={"ema": 0.9}) for s in (2, 3)]
+    return modules.results.Results({"limit": None, "teachers": teachers, "runs": runs})
+
+
+def rows_of(table):
+    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()
+            if line.startswith("|")]  # fmt: skip
+
+
+def test_table_shows_means_and_what_is_missing(modules, results):
+    head, _, teacher, commonest, *rows = rows_of(modules.tables.full_tasks(results))
+    assert head[:4] == ["factor", "student", "parameters", "sst2, accuracy"]
+    assert teacher[1:] == ["teacher", "22.700 M", *["80.0"] * 6, "100 %"]
+    assert commonest[3:8] == ["50.0"] * 5
+    by_name = {row[1]: row for row in rows}
+    assert len(rows) == len(modules.settings.KINDS)
+    ours = by_name["**kronbert**"]
+    assert ours[0] == "8"
+    assert ours[3:8] == ["72.0 ± 1.0, 90.0 %"] * 5
+    assert ours[8:] == ["72.0 ± 1.0", "90.0 ± 1.3 %"]
+    svd = by_name["truncated SVD"]
+    assert svd[3] == "60.0 (1 seed), 75.0 %"
+    assert svd[7:] == ["not measured"] * 3
+    assert set(by_name["dense, two narrow layers"][2:]) == {"not measured"}
+    empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
+    assert modules.tables.full_tasks(empty) == "not measured"
+    assert set(rows_of(modules.tables.subsets(results))[2][3:]) == {"not measured"}
+
+
+def test_table_of_other_texts_names_them(modules, results):
+    runs = [
+        {**row, "outside": {"imdb": {"accuracy": 0.4}}, "outside_data": "imdb/test.tsv"}
+        for row in results.runs
+        if row["task"] == "sst2"
+    ]
+    told = modules.results.Results({**results.content, "runs": runs})
+    head, _, teacher, *rows = rows_of(modules.tables.outside(told))
+    assert head[3:] == ["sst2 on imdb, accuracy", "mrpc on paws_wiki, accuracy"]
+    assert teacher[3:] == ["not measured"] * 2
+    ours = next(row for row in rows if row[1] == "**kronbert**")
+    assert ours[3:] == ["40.0 ± 0.0", "not measured"]
+    assert "Data: imdb/test.tsv." in modules.tables.outside(told)
+
+
+def test_ablations_compare_the_same_seeds(modules, results):
+    head, _, main, ema = rows_of(modules.tables.ablations(results))
+    assert head[:5] == ["factor", "student", "variant", "changed", "sst2, accuracy"]
+    assert main[2:] == ["main", "", "72.0 ± 1.0"]
+    assert ema[2:] == ["ema", '`{"ema": 0.9}`', "75.0 ± 0.0 (+2.5)"]
+
+
+def test_picture_has_a_line_per_measured_kind(modules, results, monkeypatch, tmp_path):
+    drawn = []
+
+    class Kept(modules.tables.Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            drawn.append(self)
+
+    monkeypatch.setattr(modules.tables, "Figure", Kept)
+    path = tmp_path / "docs" / "retention.png"
+    assert modules.tables.retention_picture(results, path)
+    assert imread(path).shape[1] == 1100
+    (axes,) = drawn[0].axes
+    assert axes.get_legend_handles_labels()[1] == ["kronbert"]  # svd lacks a task
+    (bar,) = axes.containers
+    assert bar.lines[0].get_ydata() == pytest.approx([90.0])
+    (whisker,) = bar.lines[2][0].get_segments()
+    assert whisker[:, 1] == pytest.approx([88.75, 91.25])
+    fewer = replace_runs(modules, results)
+    assert not modules.tables.retention_picture(fewer, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def replace_runs(modules, results):
+    return modules.results.Results({**results.content, "runs": []})
+
+
+def test_tags_keep_variants_apart(modules):
+    run = modules.runs.Run(task="sst2", kind="svd", factor=8.0, seed=1)
+    assert run.folder(Path("o")) == Path("o/sst2/main/svd-8-seed1")
+    assert replace(run, tag="ema").folder(Path("o")) == Path("o/sst2/ema/svd-8-seed1")
