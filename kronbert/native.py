@@ -190,12 +190,15 @@ def _how(x: Tensor) -> tuple[int, int]:
 
 
 def _shares_openmp() -> bool:
-    """Whether torch runs on GNU's OpenMP: a second pool of threads would fight with its own."""
+    """Whether torch runs on GNU's OpenMP under the name the library will ask for: a second pool of
+    threads would fight with torch's own. Some wheels carry it under another name."""
     try:
-        maps = Path("/proc/self/maps").read_text()
+        lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return False
-    return "libgomp" in maps and "libiomp5" not in maps
+    names = {line.rpartition("/")[2] for line in lines if "/" in line}
+    others = any(name.startswith(("libiomp", "libomp", "libgomp-")) for name in names)
+    return "libgomp.so.1" in names and not others
 
 
 def _build(compiler: str) -> Path:

@@ -74,7 +74,7 @@ def test_the_choice_follows_the_file(cache):
     path = calibration.calibrate()
     content = json.loads(path.read_text())
     for table in content["tables"].values():
-        table["gemm"] = {"axes": [[10**9]] * 3, "times_us": [1.0]}  # any product: 1 us
+        table["gemm"] = {"axes": [[10**9]] * 3, "times_us": [1e6]}  # any product: 1 s
     path.write_text(json.dumps(content))
     shape = KroneckerShape(384, 48, 2, 16)
     assert cpu.choose((shape,), torch.float32, 128) == (DENSE,)

@@ -340,7 +340,8 @@ def test_a_gather_is_charged_as_a_turn(form):
     priced = CostTable(4, *(Asked(name, asked) for name in cpu_cost.PRIMITIVES))
     us = priced.form_us(form, s, n)
     products = {GATHERED[0]: (n * 4, 32, 48 * 3), GATHERED[1]: (n, 128, 48 * 3 * 4)}
-    turns = [n * max(s.in_features, s.a_in * s.rank * s.b_out)] + [n * s.out_features] * (form == GATHERED[0])
+    turns = [n * max(s.in_features, s.a_in * s.rank * s.b_out)]
+    turns += [n * s.out_features] * (form == GATHERED[0])
     assert [item[1:] for item in asked if item[0] == "gemm"] == [products[form]]
     assert sorted(item[1] for item in asked if item[0] == "turn") == sorted(turns)
     assert us == PRICES["gemm"] + len(turns) * PRICES["turn"]

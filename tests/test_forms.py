@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from kronbert import forms, reference
-from kronbert.forms import DENSE, FORMS, LOW_RANK, Form, forms_of
+from kronbert import forms, native, reference
+from kronbert.forms import DENSE, FORMS, GATHERED, LOW_RANK, Form, forms_of
 from kronbert.shapes import KroneckerShape
 
 # All sides different where they can be; stumps of every kind; ranks 1 to 4.
@@ -165,6 +165,77 @@ def test_packed_matrices_round_no_worse(spec, n, small_chunks):
         assert forms.run(form, shape, x, matrices, bias, out=out).data_ptr() == out.data_ptr()
         assert rms(out - exact) <= 2 * eager
     assert bool(packed) == forms._packs()
+
+
+# Sides that the kernels take: a tiny b, both b's sides tiny, slices of 16 and more.
+KERNEL_SPECS = ["32x16*2x4", "3:16x32*16x8", "2:32x48*3x2", "3:5x4*16x32", "2:4x3*32x48"]
+needs_kernels = pytest.mark.skipif(
+    native.library() is None, reason="no row kernels here: off Linux, no C compiler, or turned off"
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize("spec", KERNEL_SPECS)
+def test_kernels_round_no_worse(spec, n, dtype, small_chunks, monkeypatch):
+    shape = KroneckerShape.parse(spec)
+    a, b, bias = (t.to(dtype) for t in terms(shape))
+    x = rows(shape, 8 * n).to(dtype)  # n at a time: the error of a few numbers is chance
+    exact = reference.kron_linear(x.double(), a.double(), b.double(), bias.double())
+    eager = rms(reference.kron_linear(x, a, b, bias) - exact)
+    seen, call = [], native._call
+    monkeypatch.setattr(native, "_call", lambda *args: (seen.append(args[0]), call(*args)))
+    for form in forms_of(shape, kernels=True):
+        seen.clear()
+        matrices = forms.ready(form, shape, forms.prepare(form, a, b), n, kernels=True)
+        before = [t.clone() for t in (x, bias)]
+        for given in (bias, None):
+            expected = exact if given is not None else exact - bias.double()
+            for run in (forms.run, forms.run_in_chunks):
+                parts = [run(form, shape, p, matrices, given, kernels=True) for p in x.split(n)]
+                got = torch.cat(parts)
+                assert got.dtype == dtype
+                error = rms(got - expected)
+                assert error <= 2 * eager, f"{form}: off by {error:.2e}, eager by {eager:.2e}"
+        around = torch.full((8 * n + 2, shape.out_features), 7.0, dtype=dtype)
+        for part, out in zip(x.split(n), around[1:-1].split(n), strict=True):
+            got = forms.run(form, shape, part, matrices, bias, out=out, kernels=True)
+            assert got.data_ptr() == out.data_ptr()
+        assert rms(around[1:-1] - exact) <= 2 * eager
+        assert (around[0] == 7).all()
+        assert (around[-1] == 7).all()
+        assert all(torch.equal(t, old) for t, old in zip((x, bias), before, strict=True))
+        expected_calls = set()
+        if form in GATHERED:
+            expected_calls |= {f"kronbert_{stage}" for stage in form[1:] if stage != "fold"}
+        elif "mix" in form and forms.kernels_mix(form, shape):
+            expected_calls = {"kronbert_mix"}
+        assert set(seen) == expected_calls, form
+
+
+def test_which_mixes_the_kernels_take():
+    b_first, a_first = Form("b", "rows", "mix"), Form("a", "mix", "rows")
+    shape = KroneckerShape(5, 4, 16, 40, 4)
+    assert forms.kernels_mix(b_first, shape)
+    assert not forms.kernels_mix(a_first, shape)  # slices 40 wide
+    assert not forms.kernels_mix(b_first, KroneckerShape(5, 4, 16, 40, 5))  # 20 slices
+    assert forms.kernels_mix(a_first, KroneckerShape(5, 16, 3, 48, 9))
+    assert not forms.kernels_mix(a_first, KroneckerShape(5, 17, 3, 48))
+
+
+def test_which_forms_gather():
+    def gathered(*sides):
+        return forms_of(KroneckerShape(*sides), kernels=True)[len(FORMS) :]
+
+    assert gathered(16, 32, 2, 8) == GATHERED
+    assert gathered(15, 32, 2, 8) == GATHERED[1:]
+    assert gathered(16, 32, 3, 8) == GATHERED[1:]
+    assert gathered(16, 30, 2, 8) == ()
+    assert gathered(16, 32, 2, 6) == ()
+    assert gathered(16, 32, 2, 32) == ()
+    assert not set(GATHERED) & set(forms_of(KroneckerShape(16, 32, 2, 8)))
+    assert forms_of(KroneckerShape(16, 1, 1, 16, 4), kernels=True) == (DENSE, LOW_RANK)
 
 
 def test_what_is_packed():
