@@ -191,14 +191,16 @@ def _how(x: Tensor) -> tuple[int, int]:
 
 def _shares_openmp() -> bool:
     """Whether torch runs on GNU's OpenMP under the name the library will ask for: a second pool of
-    threads would fight with torch's own. Some wheels carry it under another name."""
+    threads would fight with torch's own. Some of its wheels carry another, or under another name;
+    what other packages brought along (scikit-learn's) does not count."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return False
-    names = {line.rpartition("/")[2] for line in lines if "/" in line}
+    paths = [line[line.index("/") :] for line in lines if "/" in line]
+    names = [path.rpartition("/")[2] for path in paths if "/torch/" in path]
     others = any(name.startswith(("libiomp", "libomp", "libgomp-")) for name in names)
-    return "libgomp.so.1" in names and not others
+    return any(path.endswith("/libgomp.so.1") for path in paths) and not others
 
 
 def _build(compiler: str) -> Path:

@@ -206,18 +206,22 @@ def test_a_folder_that_cannot_be_written_is_warned_of(fresh, tmp_path, monkeypat
         assert native.library() is None
 
 
-MAPS = "7f00-7f01 r-xp 00000000 08:01 12 /somewhere/torch/lib/{}\n7f02-7f03 rw-p 00000000 00:00 0\n"
+MAPS = "7f00-7f01 r-xp 00000000 08:01 12 /somewhere/{}\n7f02-7f03 rw-p 00000000 00:00 0\n"
+TORCH = "torch/lib/libgomp.so.1"
 
 
 @pytest.mark.parametrize(
-    ("name", "shared"),
+    ("names", "shared"),
     [
-        ("libgomp.so.1", True),
-        ("libgomp-a34b3233.so.1", False),  # asked for by its usual name, another would be loaded
-        ("libiomp5.so", False),
-        ("libm.so.6", False),
+        ([TORCH], True),
+        ([TORCH, "scikit_learn.libs/libgomp-e985bcbb.so.1.0.0"], True),
+        # Asked for by its usual name, another would be loaded beside these.
+        (["torch/lib/libgomp-a34b3233.so.1"], False),
+        ([TORCH, "torch/lib/libiomp5.so"], False),
+        (["lib/libm.so.6"], False),
     ],
 )
-def test_only_torch_s_own_openmp_is_shared(name, shared, monkeypatch):
-    monkeypatch.setattr(native.Path, "read_text", lambda self: MAPS.format(name))
+def test_only_torch_s_own_openmp_is_shared(names, shared, monkeypatch):
+    maps = "".join(MAPS.format(name) for name in names)
+    monkeypatch.setattr(native.Path, "read_text", lambda self: maps)
     assert native._shares_openmp() is shared
