@@ -14,6 +14,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import importlib.util
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,3 +146,45 @@ TINY_GOOD = ["good", "fine", "bright", "kind", "warm", "fresh"]
 TINY_BAD = ["bad", "poor", "dull", "rude", "cold", "stale"]
 TINY_PLAIN = ["the", "a", "soup", "room", "film", "was", "and", "it", "here", "today"]
 TINY_WORDS = [*TINY_GOOD, *TINY_BAD, *TINY_PLAIN]
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """The CPU engine's memory, empty before a test and after it."""
+    from kronbert import cpu
+
+    def clear() -> None:
+        cpu.forget()
+        cpu._choose.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of the CPU's fused blocks: with the row kernels, where there are any, and not."""
+    from kronbert import native
+
+    if not request.param:
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no row kernels here: off Linux, no C compiler, or turned off")
+    return bool(request.param)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each row kernel ran."""
+    from kronbert import native
+
+    seen: Counter[str] = Counter()
+    call = native._call
+
+    def counted(name: str, *arguments: object) -> int | None:
+        seen[name.removeprefix("kronbert_")] += 1
+        return call(name, *arguments)
+
+    monkeypatch.setattr(native, "_call", counted)
+    return seen

@@ -1,7 +1,5 @@
 """Fused blocks on the CPU's row kernels: their numbers, whom they leave alone, what they keep."""
 
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,45 +8,13 @@ from torch import nn
 from kronbert import KroneckerLinear, KroneckerShape, ShapeError, blocks, cpu, cpu_blocks, native
 from kronbert.blocks import Linear, Norm
 
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 KERNELS = native.library() is not None
 needs_kernels = pytest.mark.skipif(
     not KERNELS, reason="no row kernels here: off Linux, no C compiler, or turned off"
 )
 INF = float("inf")
 BACK = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    cpu.forget()
-    cpu._choose.cache_clear()
-    yield
-    cpu.forget()
-    cpu._choose.cache_clear()
-
-
-@pytest.fixture(params=[True, False], ids=["kernels", "plain"])
-def kernels(request, monkeypatch):
-    """Both ways: with the kernels where there are any, and without."""
-    if not request.param:
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif not KERNELS:
-        pytest.skip("no row kernels here: off Linux, no C compiler, or turned off")
-    return request.param
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """How often each kernel ran."""
-    seen: Counter[str] = Counter()
-    call = native._call
-
-    def counted(name, *arguments):
-        seen[name.removeprefix("kronbert_")] += 1
-        return call(name, *arguments)
-
-    monkeypatch.setattr(native, "_call", counted)
-    return seen
 
 
 def layer(shape, dtype=torch.float32, *, bias=True):

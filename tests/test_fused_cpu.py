@@ -1,7 +1,6 @@
 """Fused encoders on the CPU's row kernels: the same numbers as transformers' own blocks."""
 
 import copy
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import kronbert
-from kronbert import cpu, native
+from kronbert import native
 from kronbert.fused_parts import is_plain_sdpa
 from kronbert.fusion import fuse
 
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 KERNELS = native.library() is not None
 VOCAB, LONGEST = 96, 48
 # Hidden layers twice as wide, in slices that both maps of the half share.
@@ -63,39 +63,6 @@ def inputs(tokens: int, padded: bool = True) -> dict[str, torch.Tensor]:
         return {"input_ids": ids}
     lengths = torch.tensor([tokens, (tokens + 1) // 2, 1])
     return {"input_ids": ids, "attention_mask": (torch.arange(tokens) < lengths[:, None]).long()}
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    cpu.forget()
-    cpu._choose.cache_clear()
-    yield
-    cpu.forget()
-    cpu._choose.cache_clear()
-
-
-@pytest.fixture(params=[True, False], ids=["kernels", "plain"])
-def kernels(request, monkeypatch):
-    """Both ways: with the kernels where there are any, and without."""
-    if not request.param:
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif not KERNELS:
-        pytest.skip("no row kernels here: off Linux, no C compiler, or turned off")
-    return request.param
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """How often each kernel ran."""
-    seen: Counter[str] = Counter()
-    call = native._call
-
-    def counted(name, *arguments):
-        seen[name.removeprefix("kronbert_")] += 1
-        return call(name, *arguments)
-
-    monkeypatch.setattr(native, "_call", counted)
-    return seen
 
 
 def seen_rows(found: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
