@@ -230,10 +230,11 @@ def embed_norm(
     position: Lookup | None = None,
     kind: Lookup | None = None,
     padding_idx: int | None = None,
+    starts: Sequence[int] | None = None,
 ) -> Tensor:
     """``LN(word rows + type rows + position rows)``: ids (...) -> (..., width).
 
-    a, b: groups as `functional.kron_embedding` takes them; a dense table is a=[table], b=[].
+    a, b, starts: groups as `functional.kron_embedding` takes them; a dense table is a=[table], b=[].
     position and kind (the token type) have ids that broadcast against ``ids``; norm None leaves
     the LayerNorm out."""
     if cuda.takes(a[0]) and ids.is_cuda:
@@ -242,7 +243,7 @@ def embed_norm(
         if made is not None:
             return made
     if b:
-        x = functional.kron_embedding(ids, a, b, padding_idx)
+        x = functional.kron_embedding(ids, a, b, padding_idx, starts=starts)
     else:
         x = F.embedding(ids, a[0], padding_idx)
     for lookup in (kind, position):

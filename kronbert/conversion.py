@@ -204,7 +204,8 @@ def _config(
 
 def _fit(dense: nn.Module, layer: PlannedLayer) -> tuple[nn.Module, float]:
     groups = layer.groups
-    check_groups(groups, layer.size.out, layer.size.inner, repr(layer.size.name))
+    table = isinstance(dense, nn.Embedding)
+    check_groups(groups, layer.size.out, layer.size.inner, repr(layer.size.name), table=table)
     if isinstance(dense, nn.Embedding):
         return KroneckerEmbedding.from_embedding(dense, groups)
     if isinstance(dense, nn.Linear):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from . import functional
 from .decompose import nearest_kronecker
 from .errors import ShapeError
-from .linear import KroneckerTerms, dense_weight
-from .shapes import KroneckerShape, check_groups
+from .linear import KroneckerTerms
+from .shapes import KroneckerShape, check_groups, partial, table_starts
+from .weighted_fit import nearest_blocks
 
 
 class KroneckerEmbedding(KroneckerTerms):
@@ -19,7 +20,9 @@ class KroneckerEmbedding(KroneckerTerms):
 
     ids (...) -> (..., a_in * b_in). Parameters: a (a_out, rank, a_in) with one row per entry (all
     terms of an entry side by side: a lookup reads one row), b (rank, b_out, b_in). b_out is 1 in
-    the papers; a truncated SVD of the table is a (entries, rank, 1), b (rank, 1, width).
+    the papers; a truncated SVD of the table is a (entries, rank, 1), b (rank, 1, width). Groups
+    after the first may make a block of rows only, ``shape.start`` on: words that are frequent get
+    more terms than others (Chen et al. 2018, GroupReduce; Baevski and Auli 2019, section 3).
     padding_idx: that entry's row of a gets no gradient; needs b_out = 1."""
 
     def __init__(
@@ -34,7 +37,8 @@ class KroneckerEmbedding(KroneckerTerms):
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.groups = (groups,) if isinstance(groups, KroneckerShape) else tuple(groups)
-        check_groups(self.groups, num_embeddings, embedding_dim, "KroneckerEmbedding")
+        check_groups(self.groups, num_embeddings, embedding_dim, "KroneckerEmbedding", table=True)
+        self.starts = table_starts(self.groups, num_embeddings)
         self.padding_idx = self._checked_padding(padding_idx)
         self._new_matrices(
             [((s.a_out, s.rank, s.a_in), (s.rank, s.b_out, s.b_in)) for s in self.groups],
@@ -45,17 +49,22 @@ class KroneckerEmbedding(KroneckerTerms):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Entries of the table get variance 1, as `nn.Embedding` gives them; padding's are 0."""
+        """Entries of the table get variance 1, as `nn.Embedding` gives them; padding's are 0.
+
+        Rows of a block get more: what the block adds."""
+        whole = sum(not partial(shape, self.num_embeddings) for shape in self.groups)
         for shape, a, b in zip(self.groups, self.matrices("a"), self.matrices("b"), strict=True):
-            variance = 1 / (shape.rank * len(self.groups))
+            variance = 1 / (shape.rank * whole)
             a.normal_(std=variance**0.25)
             b.normal_(std=variance**0.25)
             if self.padding_idx is not None:
-                a[self.padding_idx] = 0
+                row = self.padding_idx - shape.start
+                if 0 <= row < shape.a_out:
+                    a[row] = 0
 
     def forward(self, ids: Tensor) -> Tensor:
         return functional.kron_embedding(
-            ids, self.matrices("a"), self.matrices("b"), self.padding_idx
+            ids, self.matrices("a"), self.matrices("b"), self.padding_idx, starts=self.starts
         )
 
     @property
@@ -63,7 +72,7 @@ class KroneckerEmbedding(KroneckerTerms):
         """The dense table (entries, width), multiplied out at every reading, with gradients.
 
         For code that reads past the module; it takes the memory that `forward` avoids."""
-        return functional.rebuild_weight(self._a_first(), self.matrices("b"))
+        return functional.rebuild_table(self.matrices("a"), self.matrices("b"), self.starts)
 
     @classmethod
     def from_embedding(
@@ -81,7 +90,11 @@ class KroneckerEmbedding(KroneckerTerms):
             dtype=weight.dtype,
         )
         module.to_empty(device=weight.device)
-        a, b, error = nearest_kronecker(weight.detach(), module.groups)
+        if module.starts is None:
+            a, b, error = nearest_kronecker(weight.detach(), module.groups)
+        else:
+            pairs, error = nearest_blocks(weight.detach(), module.groups)
+            a, b = zip(*pairs, strict=True)
         module._fill([one.transpose(0, 1) for one in a], b, weight)
         return module.train(embedding.training), error
 
@@ -91,17 +104,16 @@ class KroneckerEmbedding(KroneckerTerms):
         table = nn.Embedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta"
         )
-        exact = dense_weight(self._a_first(), self.matrices("b"))
+        exact = functional.rebuild_table(
+            *([one.detach().double() for one in self.matrices(letter)] for letter in "ab"),
+            self.starts,
+        )
         table.weight = nn.Parameter(exact.to(a.dtype), a.requires_grad)
         return table.train(self.training)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.shapes}{padding}"
-
-    def _a_first(self) -> list[Tensor]:
-        """The matrices a as products take them: (rank, a_out, a_in)."""
-        return [one.transpose(0, 1) for one in self.matrices("a")]
 
     def _checked_padding(self, padding_idx: int | None) -> int | None:
         """``padding_idx`` counted from the start."""

@@ -62,44 +62,76 @@ def kron_linear(x: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Te
     return (y if bias is None else y + bias).view(*x.shape[:-1], shapes[0].out_features)
 
 
-def kron_embedding(ids: Tensor, a: Terms, b: Terms, padding_idx: int | None = None) -> Tensor:
+def kron_embedding(
+    ids: Tensor,
+    a: Terms,
+    b: Terms,
+    padding_idx: int | None = None,
+    *,
+    starts: Sequence[int] | None = None,
+) -> Tensor:
     """Rows ``ids`` of ``sum_r a[r] ⊗ b[r]``; defined by `kronbert.reference.kron_embedding`.
 
     ids (...) of int; a (a_out, rank, a_in): row-major by vocabulary entry, unlike `kron_linear`'s,
     since a lookup reads all its terms at once; b (rank, b_out, b_in); or sequences of groups ->
-    (..., a_in * b_in). Lookups of ``padding_idx`` give no gradient, to a or b. Raises `ShapeError`
+    (..., a_in * b_in). starts: the first row of each group; those after the first may make a block
+    of rows only. Lookups of ``padding_idx`` give no gradient, to a or b. Raises `ShapeError`
     for ids that are no integers or matrices that do not fit, IndexError (on a CPU) for an id
     outside the table."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ShapeError(f"kron_embedding: ids of {ids.dtype}: expected integers. Call ids.long().")
-    groups = _pairs("kron_embedding", a, b, table=True)
+    groups, starts = _table("kron_embedding", a, b, starts)
     flat = ids.reshape(-1)  # autocast casts the rows that are read, never the table
-    y = _sum(_rows(flat, one_a, one_b) for one_a, one_b in groups)
+    y = _rows(flat, *groups[0])
+    for pair, start in zip(groups[1:], starts[1:], strict=True):
+        y = _add_rows(y, flat, pair, start, entries=_entries(groups[0]))
     if padding_idx is not None and torch.is_grad_enabled():
         if padding_idx < 0:
-            padding_idx += groups[0][0].shape[0] * groups[0][1].shape[1]
+            padding_idx += _entries(groups[0])
         y = torch.where((flat == padding_idx)[:, None], y.detach(), y)
     return y.view(*ids.shape, y.shape[-1])
 
 
-def kron_logits(h: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Tensor:
+def kron_logits(
+    h: Tensor,
+    a: Terms,
+    b: Terms,
+    bias: Tensor | None = None,
+    *,
+    starts: Sequence[int] | None = None,
+) -> Tensor:
     """Scores of every row of a Kronecker table: h (..., a_in * b_in) -> (..., a_out * b_out).
 
-    a (a_out, rank, a_in) and b (rank, b_out, b_in) as `kron_embedding` stores them. The (rows,
-    width) table is never rebuilt: h meets b first, so a product costs rank * a_in per row. Raises
-    `ShapeError` as `kron_linear` does."""
-    groups = _pairs("kron_logits", a, b, table=True)
+    a, b and starts as `kron_embedding` takes them. The (rows, width) table is never rebuilt: h
+    meets b first, so a product costs rank * a_in per row. Raises `ShapeError` as `kron_linear`
+    does."""
+    groups, starts = _table("kron_logits", a, b, starts)
     h, groups, bias = _autocast(h, groups, bias)
     shapes = [shape_of(one_a.transpose(0, 1), one_b) for one_a, one_b in groups]
     out = _check_input("kron_logits", h, groups, bias, shapes)
     rows = h.reshape(-1, h.shape[-1])
-    y = _sum(_scores(rows, one_a, one_b) for one_a, one_b in groups)
+    parts = (
+        F.pad(part, (start, out - start - part.shape[1])) if part.shape[1] < out else part
+        for part, start in zip((_scores(rows, *pair) for pair in groups), starts, strict=True)
+    )
+    y = _sum(parts)
     return (y if bias is None else y + bias).view(*h.shape[:-1], out)
 
 
 def rebuild_weight(a: Terms, b: Terms) -> Tensor:
     """``sum_r a[r] ⊗ b[r]`` over all groups: (a_out * b_out, a_in * b_in); no slow einsum."""
     return _sum(_weight(one_a, one_b) for one_a, one_b in _pairs("rebuild_weight", a, b))
+
+
+def rebuild_table(a: Terms, b: Terms, starts: Sequence[int] | None = None) -> Tensor:
+    """The whole table (entries, width) of a, b and starts as `kron_embedding` takes them."""
+    groups, starts = _table("rebuild_table", a, b, starts)
+    parts = [_weight(one_a.transpose(0, 1), one_b) for one_a, one_b in groups]
+    rows = parts[0].shape[0]
+    return _sum(
+        F.pad(part, (0, 0, start, rows - start - part.shape[0])) if part.shape[0] < rows else part
+        for part, start in zip(parts, starts, strict=True)
+    )
 
 
 def checked(
@@ -170,6 +202,27 @@ def _rows(flat: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(picked, b_rows).view(n, a_in * b_in)
 
 
+def _add_rows(
+    y: Tensor, flat: Tensor, pair: tuple[Tensor, Tensor], start: int, *, entries: int
+) -> Tensor:
+    """y (n, width) plus the rows ``flat`` (n,) of a group that makes rows from ``start`` on."""
+    rows = _entries(pair)
+    if rows == entries:
+        return y + _rows(flat, *pair)
+    place = flat - start
+    inside = (place >= 0) & (place < rows)
+    if cpu.takes(y, [pair]):  # only the rows that it makes
+        chosen = inside.nonzero()[:, 0]
+        return y.index_add(0, chosen, _rows(place[chosen], *pair).to(y.dtype))
+    found = _rows(place.clamp(0, rows - 1), *pair)
+    return y + torch.where(inside[:, None], found, found.new_zeros(()))
+
+
+def _entries(pair: tuple[Tensor, Tensor]) -> int:
+    """Rows that a group of a table makes; a (a_out, rank, a_in)."""
+    return pair[0].shape[0] * pair[1].shape[1]
+
+
 def _listed(terms: Terms) -> Sequence[Tensor]:
     return [terms] if isinstance(terms, Tensor) else terms
 
@@ -196,8 +249,26 @@ def _autocast(x: Tensor, groups: Pairs, bias: Tensor | None) -> tuple[Tensor, Pa
     return cast(x), pairs, None if bias is None else cast(bias)
 
 
-def _pairs(where: str, a: Terms, b: Terms, *, table: bool = False) -> Pairs:
-    """(a, b) of each group, all of one weight size; table: a is (a_out, rank, a_in)."""
+def _table(
+    where: str, a: Terms, b: Terms, starts: Sequence[int] | None
+) -> tuple[Pairs, Sequence[int]]:
+    """(a, b) of each group of a table, a (a_out, rank, a_in), and the first row of each."""
+    groups = _pairs(where, a, b, table=True, blocks=starts is not None)
+    if starts is None:
+        return groups, [0] * len(groups)
+    rows = [_entries(pair) for pair in groups]
+    ends = [start + count for start, count in zip(starts, rows, strict=False)]
+    if len(starts) != len(groups) or starts[0] or min(starts) < 0 or max(ends) > rows[0]:
+        raise ShapeError(
+            f"{where}: groups of {rows} rows from {list(starts)} on: expected one start per group, "
+            "0 for the first, which makes the whole table, and blocks that lie within it."
+        )
+    return groups, starts
+
+
+def _pairs(where: str, a: Terms, b: Terms, *, table: bool = False, blocks: bool = False) -> Pairs:
+    """(a, b) of each group, all of one weight size; table: a is (a_out, rank, a_in); blocks: groups
+    may make fewer rows than the first."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         pairs = [(a, b)]
     elif isinstance(a, Tensor) or isinstance(b, Tensor) or len(a) != len(b) or not len(a):
@@ -216,7 +287,8 @@ def _pairs(where: str, a: Terms, b: Terms, *, table: bool = False) -> Pairs:
                 "b (rank, b_out, b_in) with the same rank. One term needs rank 1: unsqueeze it."
             )
         sizes.append((one_a.shape[rows] * one_b.shape[1], one_a.shape[2] * one_b.shape[2]))
-    if any(size != sizes[0] for size in sizes):
+    first = sizes[0]
+    if any(size[1] != first[1] or (size[0] != first[0] and not blocks) for size in sizes):
         raise ShapeError(
             f"{where}: the groups make weights of {' and '.join(f'{o}x{i}' for o, i in sizes)}: "
             "expected one size. Sum only groups of the same layer."

@@ -180,4 +180,5 @@ def embed_norm(
         position=position,
         kind=kind,
         padding_idx=table.padding_idx,
+        starts=table.starts if converted else None,
     )

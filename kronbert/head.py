@@ -39,7 +39,7 @@ class KroneckerLMHead(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         a, b = self.table.matrices("a"), self.table.matrices("b")
-        return functional.kron_logits(h, a, b, self.bias)
+        return functional.kron_logits(h, a, b, self.bias, starts=self.table.starts)
 
     def to_linear(self, table: nn.Embedding) -> nn.Linear:
         """The dense twin, tied to ``table``, the dense twin of its embedding."""

@@ -294,7 +294,7 @@ def _empty_like(dense: nn.Module, groups: Groups, name: str) -> nn.Module:
             "Linear, Conv1D or Embedding. Load it with the class that saved it."
         )
     try:
-        check_groups(groups, out, inner, repr(name))
+        check_groups(groups, out, inner, repr(name), table=isinstance(dense, nn.Embedding))
     except ShapeError as error:
         raise CheckpointError(
             f"config.json: {error} The sizes in config.json were changed after saving."

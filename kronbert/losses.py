@@ -30,6 +30,7 @@ def mlm_loss(
     bias: Tensor | None,
     labels: Tensor,
     *,
+    starts: Sequence[int] | None = None,
     teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
@@ -39,7 +40,8 @@ def mlm_loss(
     rows whose label is not ``ignore_index``, 0 if there is none.
 
     h (..., width), labels (...). a (entries, rank, a_in) and b (rank, b_out, b_in), or sequences of
-    groups, as `functional.kron_logits` takes them; or b None and a dense weight a (entries, width).
+    groups, with starts, as `functional.kron_logits` takes them; or b None and a dense weight a
+    (entries, width).
     teacher: (h (..., its width), weight (entries, its width), bias or None), without gradients. KL
     is of softmax(logits / temperature), Hinton et al. 2015. chunk: rows whose scores are held at a
     time, from `CHUNK_BYTES` if None. Reads the labels, so a GPU is waited for. Raises `ShapeError`
@@ -76,7 +78,7 @@ def mlm_loss(
         teacher_h, weight, teacher_bias = teacher
         teacher_h = teacher_h.detach().reshape(-1, teacher_h.shape[-1])[rows]
         teacher = (teacher_h, weight.detach(), teacher_bias)
-    settings = (len(a), len(b), kept, teacher, temperature, chunk)
+    settings = (len(a), starts, kept, teacher, temperature, chunk)
     h = h.reshape(-1, h.shape[-1])[rows]
     cross_entropy, kl = _MaskedWords.apply(settings, h, bias, *a, *b)
     return cross_entropy, kl if teacher is not None else None
@@ -103,7 +105,7 @@ class _MaskedWords(torch.autograd.Function):
     def forward(
         ctx: Any, settings: tuple[Any, ...], h: Tensor, bias: Tensor | None, *matrices: Tensor
     ) -> tuple[Tensor, Tensor]:
-        groups, _, labels, teacher, temperature, chunk = settings
+        groups, starts, labels, teacher, temperature, chunk = settings
         inputs = (h, bias, *matrices)
         needs = ctx.needs_input_grad[1:]
         exact = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -125,7 +127,7 @@ class _MaskedWords(torch.autograd.Function):
                     for i, (x, need) in enumerate(zip(inputs, needs, strict=True))
                     if x is not None
                 ]
-                logits = _logits(leaves, bias is not None, groups)
+                logits = _logits(leaves, bias is not None, groups, starts)
             taught = None
             if teacher is not None:
                 taught = F.linear(teacher[0][part], *teacher[1:]).to(exact).div_(temperature)
@@ -160,11 +162,15 @@ class _MaskedWords(torch.autograd.Function):
         return None, *(next(found) if there else None for there in ctx.present)
 
 
-def _logits(leaves: list[Tensor], biased: bool, groups: int) -> Tensor:
+def _logits(
+    leaves: list[Tensor], biased: bool, groups: int, starts: Sequence[int] | None
+) -> Tensor:
     h, *rest = leaves
     bias = rest.pop(0) if biased else None
     a, b = rest[:groups], rest[groups:]
-    return functional.kron_logits(h, a, b, bias) if b else F.linear(h, a[0], bias)
+    if not b:
+        return F.linear(h, a[0], bias)
+    return functional.kron_logits(h, a, b, bias, starts=starts)
 
 
 def _chunk(

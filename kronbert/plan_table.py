@@ -131,7 +131,10 @@ def _cells(layers: list[PlannedLayer]) -> list[str]:
 
 def _shape(shape: KroneckerShape) -> str:
     """Without the sizes of a truncated SVD: the weight's column has them."""
-    return f"svd({shape.rank})" if str(shape).startswith("svd") else str(shape)
+    if not str(shape).startswith("svd"):
+        return str(shape)
+    last = shape.start + shape.out_features
+    return f"svd({shape.rank})" + (f" rows {shape.start} to {last - 1}" if shape.start else "")
 
 
 def _short(count: float) -> str:

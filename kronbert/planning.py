@@ -262,7 +262,8 @@ def ruled(layer: LayerSize, rule: Rule) -> Groups:
 def checked(layer: LayerSize, groups: Groups) -> Groups:
     """``groups``, or `ShapeError` with the layer's name when they do not make its weight."""
     if groups:
-        check_groups(groups, layer.out, layer.inner, repr(layer.name))
+        table = layer.kind in ("embedding", "position")
+        check_groups(groups, layer.out, layer.inner, repr(layer.name), table=table)
     return groups
 
 

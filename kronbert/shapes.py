@@ -18,8 +18,9 @@ class KroneckerShape:
     """The sizes of ``sum_r a[r] ⊗ b[r]``: a (rank, a_out, a_in), b (rank, b_out, b_in).
 
     The weight it stands for is (a_out * b_out, a_in * b_in), as `nn.Linear` stores it. A truncated
-    SVD of rank r is the member (out x 1) ⊗ (1 x in). Raises `ShapeError` for a size that is no
-    whole number >= 1.
+    SVD of rank r is the member (out x 1) ⊗ (1 x in). start: in a table whose groups do not all
+    cover every row, the row on which this group's first is added (`check_groups`). Raises
+    `ShapeError` for a size that is no whole number >= 1.
     """
 
     a_out: int
@@ -27,6 +28,7 @@ class KroneckerShape:
     b_out: int
     b_in: int
     rank: int = 1
+    start: int = 0
 
     def __post_init__(self) -> None:
         for name in ("a_out", "a_in", "b_out", "b_in", "rank"):
@@ -36,6 +38,8 @@ class KroneckerShape:
                     f"KroneckerShape({name}={size!r}): expected a whole number >= 1. For a layer "
                     "that stays dense use the rule 'dense'."
                 )
+        if not isinstance(self.start, int) or isinstance(self.start, bool) or self.start < 0:
+            raise ShapeError(f"KroneckerShape(start={self.start!r}): expected a row, 0 or more.")
 
     @property
     def out_features(self) -> int:
@@ -83,30 +87,37 @@ class KroneckerShape:
 
     def __str__(self) -> str:
         if self.low_rank and self.out_features > 1 and self.in_features > 1:
-            return f"svd({self.rank}) {self.out_features}x{self.in_features}"
+            return f"svd({self.rank}) {self.out_features}x{self.in_features}{self._place}"
         terms = f"{self.rank}·" if self.rank > 1 else ""
-        return f"{terms}{self.a_out}x{self.a_in}⊗{self.b_out}x{self.b_in}"
+        return f"{terms}{self.a_out}x{self.a_in}⊗{self.b_out}x{self.b_in}{self._place}"
 
     @property
     def spec(self) -> str:
-        """The ASCII form that files hold and `parse` reads: ``4:384x48*2x16``."""
+        """The ASCII form that files hold and `parse` reads: ``4:384x48*2x16``, with the first row
+        behind it where that is not 0: ``64:2000x1*1x384@999``."""
         terms = f"{self.rank}:" if self.rank > 1 else ""
-        return f"{terms}{self.a_out}x{self.a_in}*{self.b_out}x{self.b_in}"
+        return f"{terms}{self.a_out}x{self.a_in}*{self.b_out}x{self.b_in}{self._place}"
+
+    @property
+    def _place(self) -> str:
+        return f"@{self.start}" if self.start else ""
 
     @classmethod
     def parse(cls, text: str) -> KroneckerShape:
-        """``"384x48*2x16"`` or ``"4·384x48⊗2x16"``: a, b and, in front, the rank.
+        """``"384x48*2x16"``, ``"4·384x48⊗2x16"`` or ``"64:2000x1*1x384@999"``: a, b, in front the
+        rank, behind them the first row.
 
         Raises `ShapeError` for any other text."""
-        match = re.fullmatch(r"(?:(\d+)\s*[·:]\s*)?(\d+)x(\d+)\s*[*⊗]\s*(\d+)x(\d+)", text.strip())
+        sizes_of = r"(\d+)x(\d+)\s*[*⊗]\s*(\d+)x(\d+)"
+        match = re.fullmatch(rf"(?:(\d+)\s*[·:]\s*)?{sizes_of}(?:\s*@\s*(\d+))?", text.strip())
         if match is None:
             raise ShapeError(
                 f"{text!r} is no Kronecker shape: expected 'a_out x a_in ⊗ b_out x b_in', for "
                 "example '384x48⊗2x16', or '4·384x48⊗2x16' for a sum of 4."
             )
-        rank, *sizes = match.groups()
+        rank, *sizes, start = match.groups()
         a_out, a_in, b_out, b_in = (int(size) for size in sizes)
-        return cls(a_out, a_in, b_out, b_in, int(rank or 1))
+        return cls(a_out, a_in, b_out, b_in, int(rank or 1), int(start or 0))
 
 
 Groups = tuple[KroneckerShape, ...]
@@ -118,8 +129,12 @@ def parse_groups(text: str) -> Groups:
     return tuple(KroneckerShape.parse(part) for part in text.split("+"))
 
 
-def check_groups(groups: Sequence[KroneckerShape], out: int, inner: int, where: str) -> None:
-    """Raise `ShapeError` naming ``where`` unless every group makes an (out, inner) weight."""
+def check_groups(
+    groups: Sequence[KroneckerShape], out: int, inner: int, where: str, *, table: bool = False
+) -> None:
+    """Raise `ShapeError` naming ``where`` unless every group makes an (out, inner) weight.
+
+    table: an embedding's: its first group makes all of it, every other all or a block of rows."""
     if not groups:
         raise ShapeError(f"{where}: expected at least one Kronecker shape, got none.")
     for shape in groups:
@@ -127,6 +142,19 @@ def check_groups(groups: Sequence[KroneckerShape], out: int, inner: int, where: 
             raise ShapeError(
                 f"{where}: {shape!r} is a {type(shape).__name__}, expected a KroneckerShape. For "
                 "text: KroneckerShape.parse('384x48*2x16')."
+            )
+        if table and shape is not groups[0] and partial(shape, out):
+            last = shape.start + shape.out_features
+            if last > out or shape.in_features != inner:
+                raise ShapeError(
+                    f"{where}: {shape} makes rows {shape.start} to {last} of {shape.in_features} "
+                    f"numbers, expected rows within {out}x{inner}. Change its rows or its start."
+                )
+            continue
+        if shape.start:
+            raise ShapeError(
+                f"{where}: {shape} starts at row {shape.start}: expected 0. Only the second and "
+                "later groups of an embedding may cover a block of rows."
             )
         for label, part, whole in (
             ("a_out", shape.a_out, out),
@@ -152,6 +180,18 @@ def check_groups(groups: Sequence[KroneckerShape], out: int, inner: int, where: 
                 f"expected {out}x{inner}. Change a or b so that a_out*b_out = {out} and "
                 f"a_in*b_in = {inner}."
             )
+
+
+def partial(shape: KroneckerShape, rows: int) -> bool:
+    """Whether the group makes a block of a table's rows only."""
+    return shape.start > 0 or shape.out_features < rows
+
+
+def table_starts(groups: Groups, rows: int) -> tuple[int, ...] | None:
+    """The first row of every group of a table; None where each makes the whole table."""
+    if not any(partial(shape, rows) for shape in groups):
+        return None
+    return tuple(shape.start for shape in groups)
 
 
 def divisors(n: int) -> Iterator[int]:

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .decompose import nearest_kronecker, rearranged
+from .errors import ShapeError
 from .reference import kron_weight
 from .shapes import KroneckerShape
 
@@ -213,21 +214,44 @@ def nearest_rows(
     """The groups nearest to ``table`` (rows, width), row v counting weights[v] > 0 times.
 
     Every group needs b_out = 1. One group: the optimum, b from the weighted Gram matrix and each
-    row of a by projection. Several: alternating from empty groups, each on what the others leave.
+    row of a by projection. Several: alternating from empty groups, each on what the others leave;
+    the first time a group looks only at rows that no later block of rows makes as well.
     a (rank, rows, a_in), b (rank, 1, b_in), float64, terms as `balanced`."""
-    rest = table.double()
-    pairs = [
-        (rest.new_zeros(s.rank, s.a_out, s.a_in), rest.new_zeros(s.rank, s.b_out, s.b_in))
-        for s in groups
-    ]
-    for sweep in range(1 if len(groups) == 1 else sweeps):
-        for i, shape in enumerate(groups):
-            if sweep:
-                rest = rest + kron_weight(*pairs[i])
-            pairs[i] = _row_step(rest, weights, shape)
-            if len(groups) > 1:
-                rest = rest - kron_weight(*pairs[i])
+    rest = table.double().clone()
+    places = [slice(s.start, s.start + s.out_features) for s in groups]
+    pairs: list[Pair] = []
+    for i, (shape, place) in enumerate(zip(groups, places, strict=True)):
+        own = weights.double().clone()
+        for later, other in zip(groups[i + 1 :], places[i + 1 :], strict=True):
+            if later.out_features < len(table):
+                own[other] = 0
+        if not own[place].any():
+            own = weights.double()
+        pairs.append(_row_step(rest[place], own[place], shape))
+        rest[place] -= kron_weight(*pairs[i])
+    for _ in range(sweeps - 1 if len(groups) > 1 else 0):
+        for i, (shape, place) in enumerate(zip(groups, places, strict=True)):
+            rest[place] += kron_weight(*pairs[i])
+            pairs[i] = _row_step(rest[place], weights[place], shape)
+            rest[place] -= kron_weight(*pairs[i])
     return [balanced(*pair) for pair in pairs]
+
+
+def nearest_blocks(
+    table: Tensor, groups: Sequence[KroneckerShape]
+) -> tuple[list[Pair], float]:
+    """`nearest_rows` with all rows alike, in table's dtype, and the relative error
+    ||W - sum a ⊗ b|| / ||W||."""
+    if any(shape.b_out != 1 for shape in groups):
+        raise ShapeError(
+            f"{' + '.join(map(str, groups))}: beside a block of rows every group needs b_out = 1."
+        )
+    pairs = nearest_rows(table, table.new_ones(len(table)), groups)
+    rest = table.double()
+    for (a, b), shape in zip(pairs, groups, strict=True):
+        rest[shape.start : shape.start + shape.out_features] -= kron_weight(a, b)
+    error = float(rest.norm() / (table.double().norm() or 1.0))
+    return [(a.to(table.dtype), b.to(table.dtype)) for a, b in pairs], error
 
 
 def _row_step(rest: Tensor, weights: Tensor, shape: KroneckerShape) -> Pair:
