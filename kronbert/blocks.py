@@ -234,9 +234,9 @@ def embed_norm(
 ) -> Tensor:
     """``LN(word rows + type rows + position rows)``: ids (...) -> (..., width).
 
-    a, b, starts: groups as `functional.kron_embedding` takes them; a dense table is a=[table], b=[].
-    position and kind (the token type) have ids that broadcast against ``ids``; norm None leaves
-    the LayerNorm out."""
+    a, b, starts: groups as `functional.kron_embedding` takes them; a dense table is a=[table],
+    b=[]. position and kind (the token type) have ids that broadcast against ``ids``; norm None
+    leaves the LayerNorm out."""
     if cuda.takes(a[0]) and ids.is_cuda:
         pairs = list(zip(a, b, strict=True)) if b else []
         made = cuda.embed_norm(ids, pairs, a[0], norm, position, kind, padding_idx)

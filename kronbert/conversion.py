@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import KroneckerConfig
 from .data_init import calibration_batches, fit_to_data
 from .embedding import KroneckerEmbedding
-from .errors import PlanError
+from .errors import PlanError, ShapeError
 from .fusion import unfuse
 from .head import KroneckerLMHead
 from .inventory import inventory, swap
@@ -207,7 +207,10 @@ def _fit(dense: nn.Module, layer: PlannedLayer) -> tuple[nn.Module, float]:
     table = isinstance(dense, nn.Embedding)
     check_groups(groups, layer.size.out, layer.size.inner, repr(layer.size.name), table=table)
     if isinstance(dense, nn.Embedding):
-        return KroneckerEmbedding.from_embedding(dense, groups)
+        try:
+            return KroneckerEmbedding.from_embedding(dense, groups)
+        except ShapeError as error:
+            raise ShapeError(f"{layer.size.name!r}: {error}") from None
     if isinstance(dense, nn.Linear):
         return KroneckerLinear.from_linear(dense, groups)
     assert isinstance(dense, Conv1D)  # the inventory lists nothing else

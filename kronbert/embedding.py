@@ -94,21 +94,21 @@ class KroneckerEmbedding(KroneckerTerms):
             a, b, error = nearest_kronecker(weight.detach(), module.groups)
         else:
             pairs, error = nearest_blocks(weight.detach(), module.groups)
-            a, b = zip(*pairs, strict=True)
+            a, b = ([pair[i] for pair in pairs] for i in range(2))
         module._fill([one.transpose(0, 1) for one in a], b, weight)
         return module.train(embedding.training), error
 
     def to_embedding(self) -> nn.Embedding:
         """The dense twin: the same table, multiplied out in float64."""
-        a = self.matrices("a")[0]
+        a, b = ([one.detach() for one in self.matrices(letter)] for letter in "ab")
         table = nn.Embedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta"
         )
         exact = functional.rebuild_table(
-            *([one.detach().double() for one in self.matrices(letter)] for letter in "ab"),
-            self.starts,
+            [one.double() for one in a], [one.double() for one in b], self.starts
         )
-        table.weight = nn.Parameter(exact.to(a.dtype), a.requires_grad)
+        trained = self.matrices("a")[0].requires_grad
+        table.weight = nn.Parameter(exact.to(a[0].dtype), trained)
         return table.train(self.training)
 
     def extra_repr(self) -> str:

@@ -110,11 +110,10 @@ def kron_logits(
     shapes = [shape_of(one_a.transpose(0, 1), one_b) for one_a, one_b in groups]
     out = _check_input("kron_logits", h, groups, bias, shapes)
     rows = h.reshape(-1, h.shape[-1])
-    parts = (
-        F.pad(part, (start, out - start - part.shape[1])) if part.shape[1] < out else part
-        for part, start in zip((_scores(rows, *pair) for pair in groups), starts, strict=True)
-    )
-    y = _sum(parts)
+    y = _scores(rows, *groups[0])
+    for pair, start in zip(groups[1:], starts[1:], strict=True):
+        part, after = _scores(rows, *pair), out - start - _entries(pair)
+        y = y + (F.pad(part, (start, after)) if start or after else part)
     return (y if bias is None else y + bias).view(*h.shape[:-1], out)
 
 
@@ -126,12 +125,12 @@ def rebuild_weight(a: Terms, b: Terms) -> Tensor:
 def rebuild_table(a: Terms, b: Terms, starts: Sequence[int] | None = None) -> Tensor:
     """The whole table (entries, width) of a, b and starts as `kron_embedding` takes them."""
     groups, starts = _table("rebuild_table", a, b, starts)
-    parts = [_weight(one_a.transpose(0, 1), one_b) for one_a, one_b in groups]
-    rows = parts[0].shape[0]
-    return _sum(
-        F.pad(part, (0, 0, start, rows - start - part.shape[0])) if part.shape[0] < rows else part
-        for part, start in zip(parts, starts, strict=True)
-    )
+    weight = _weight(groups[0][0].transpose(0, 1), groups[0][1])
+    for (one_a, one_b), start in zip(groups[1:], starts[1:], strict=True):
+        part = _weight(one_a.transpose(0, 1), one_b)
+        after = weight.shape[0] - start - part.shape[0]
+        weight = weight + (F.pad(part, (0, 0, start, after)) if start or after else part)
+    return weight
 
 
 def checked(
@@ -220,7 +219,7 @@ def _add_rows(
 
 def _entries(pair: tuple[Tensor, Tensor]) -> int:
     """Rows that a group of a table makes; a (a_out, rank, a_in)."""
-    return pair[0].shape[0] * pair[1].shape[1]
+    return int(pair[0].shape[0] * pair[1].shape[1])  # tensors, while torch.jit traces
 
 
 def _listed(terms: Terms) -> Sequence[Tensor]:

@@ -59,6 +59,10 @@ def mlm_loss(
             f"mlm_loss: weight {tuple(a[0].shape)} without b: expected (entries, {h.shape[-1]}). "
             "For a Kronecker table pass b too."
         )
+    if starts is not None and not b:
+        raise ShapeError(
+            f"mlm_loss(starts={starts!r}) without b: a dense weight has no groups. Leave it out."
+        )
     if not temperature > 0:
         raise ShapeError(f"mlm_loss(temperature={temperature!r}): expected a number > 0.")
     if chunk is None:

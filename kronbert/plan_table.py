@@ -7,7 +7,7 @@ import re
 from itertools import compress, groupby
 from typing import TYPE_CHECKING, Any
 
-from .shapes import Groups, KroneckerShape, dense_flops
+from .shapes import Groups, KroneckerShape, dense_flops, partial
 
 if TYPE_CHECKING:
     from .planning import Plan, PlannedLayer
@@ -109,12 +109,12 @@ def _cells(layers: list[PlannedLayer]) -> list[str]:
     if size.tied_to:
         becomes = "tied"
     else:
-        becomes = " + ".join(map(_shape, one.groups)) or "dense"
+        becomes = " + ".join(_shape(shape, size.out) for shape in one.groups) or "dense"
     errors = [layer.error for layer in layers if layer.error is not None]
     if size.kind in ("embedding", "position"):
         flops = ["lookup", "lookup"]
     elif one.groups:
-        sums = size.out * (len(one.groups) - 1)
+        sums = sum(shape.out_features for shape in one.groups[1:])
         flops = [_short(sum(s.flops(order) for s in one.groups) + sums) for order in ("b", "a")]
     else:
         flops = [_short(dense_flops(size.out, size.inner)), ""]
@@ -129,12 +129,12 @@ def _cells(layers: list[PlannedLayer]) -> list[str]:
     ]
 
 
-def _shape(shape: KroneckerShape) -> str:
-    """Without the sizes of a truncated SVD: the weight's column has them."""
+def _shape(shape: KroneckerShape, rows: int) -> str:
+    """Without the sizes of a truncated SVD: the weight's column has them, but for a block's."""
     if not str(shape).startswith("svd"):
         return str(shape)
-    last = shape.start + shape.out_features
-    return f"svd({shape.rank})" + (f" rows {shape.start} to {last - 1}" if shape.start else "")
+    last = shape.start + shape.out_features - 1
+    return f"svd({shape.rank})" + (f" rows {shape.start} to {last}" if partial(shape, rows) else "")
 
 
 def _short(count: float) -> str:

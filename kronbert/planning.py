@@ -66,14 +66,18 @@ class PlannedLayer:
 
     @property
     def flops(self) -> int:
-        """FLOPs per token in the cheaper order; a lookup in a dense table costs none."""
+        """FLOPs per token in the cheaper order; a lookup in a dense table costs none.
+
+        One in a table with blocks of rows counts every block, as compiled code and GPUs pay it;
+        on a CPU, in eager mode, a word pays only for blocks that it lies in."""
         if self.size.kind in ("embedding", "position") and not self.groups:
             return 0
         if not self.groups:
             return dense_flops(self.size.out, self.size.inner)
         if self.size.kind in ("embedding", "position"):
             return sum(shape.rank * 2 * self.size.inner for shape in self.groups)
-        return sum(shape.flops() for shape in self.groups) + self.size.out * (len(self.groups) - 1)
+        added = sum(shape.out_features for shape in self.groups[1:])
+        return sum(shape.flops() for shape in self.groups) + added
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +266,8 @@ def ruled(layer: LayerSize, rule: Rule) -> Groups:
 def checked(layer: LayerSize, groups: Groups) -> Groups:
     """``groups``, or `ShapeError` with the layer's name when they do not make its weight."""
     if groups:
-        table = layer.kind in ("embedding", "position")
+        # A tied head has its embedding's groups.
+        table = layer.kind in ("embedding", "position") or layer.tied_to is not None
         check_groups(groups, layer.out, layer.inner, repr(layer.name), table=table)
     return groups
 

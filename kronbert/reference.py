@@ -22,12 +22,13 @@ def kron_weight(a: Terms, b: Terms, starts: Sequence[int] | None = None) -> Tens
         blocks = einsum(a, b, "r ao ai, r bo bi -> ao bo ai bi")
         return rearrange(blocks, "ao bo ai bi -> (ao bo) (ai bi)")
     weights = [kron_weight(one_a, one_b) for one_a, one_b in zip(a, b, strict=True)]
-    rows = weights[0].shape[0]
-    padded = [
-        torch.nn.functional.pad(weight, (0, 0, start, rows - start - weight.shape[0]))
-        for weight, start in zip(weights, starts or [0] * len(weights), strict=True)
-    ]
-    return torch.stack(padded).sum(0)
+    if starts is not None:
+        rows = weights[0].shape[0]
+        weights = [
+            torch.nn.functional.pad(weight, (0, 0, start, rows - start - weight.shape[0]))
+            for weight, start in zip(weights, starts, strict=True)
+        ]
+    return torch.stack(weights).sum(0)
 
 
 def kron_linear(x: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Tensor:
@@ -36,9 +37,7 @@ def kron_linear(x: Tensor, a: Terms, b: Terms, bias: Tensor | None = None) -> Te
     return y if bias is None else y + bias
 
 
-def kron_embedding(
-    ids: Tensor, a: Terms, b: Terms, starts: Sequence[int] | None = None
-) -> Tensor:
+def kron_embedding(ids: Tensor, a: Terms, b: Terms, starts: Sequence[int] | None = None) -> Tensor:
     """Rows ``ids`` of `kron_weight`: ids (...) -> (..., a_in * b_in)."""
     return kron_weight(a, b, starts)[ids]
 

@@ -144,11 +144,12 @@ def check_groups(
                 "text: KroneckerShape.parse('384x48*2x16')."
             )
         if table and shape is not groups[0] and partial(shape, out):
-            last = shape.start + shape.out_features
-            if last > out or shape.in_features != inner:
+            last = shape.start + shape.out_features - 1
+            if last >= out or shape.in_features != inner:
                 raise ShapeError(
                     f"{where}: {shape} makes rows {shape.start} to {last} of {shape.in_features} "
-                    f"numbers, expected rows within {out}x{inner}. Change its rows or its start."
+                    f"numbers, expected rows up to {out - 1} of {inner}. Change its start or its "
+                    "sizes."
                 )
             continue
         if shape.start:

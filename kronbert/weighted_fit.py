@@ -18,7 +18,7 @@ from torch import Tensor
 from .decompose import nearest_kronecker, rearranged
 from .errors import ShapeError
 from .reference import kron_weight
-from .shapes import KroneckerShape
+from .shapes import KroneckerShape, partial
 
 Pair = tuple[Tensor, Tensor]
 """One group's a (rank, a_out, a_in) and b (rank, b_out, b_in), float64."""
@@ -214,42 +214,65 @@ def nearest_rows(
     """The groups nearest to ``table`` (rows, width), row v counting weights[v] > 0 times.
 
     Every group needs b_out = 1. One group: the optimum, b from the weighted Gram matrix and each
-    row of a by projection. Several: alternating from empty groups, each on what the others leave;
-    the first time a group looks only at rows that no later block of rows makes as well.
+    row of a by projection. Several: alternating, each on what the others leave, from the better of
+    two starts, so never above the first group alone: from empty groups, where the first time a
+    group looks at all of its rows, or only at those that no later block of rows makes as well.
     a (rank, rows, a_in), b (rank, 1, b_in), float64, terms as `balanced`."""
-    rest = table.double().clone()
-    places = [slice(s.start, s.start + s.out_features) for s in groups]
-    pairs: list[Pair] = []
-    for i, (shape, place) in enumerate(zip(groups, places, strict=True)):
-        own = weights.double().clone()
-        for later, other in zip(groups[i + 1 :], places[i + 1 :], strict=True):
-            if later.out_features < len(table):
-                own[other] = 0
-        if not own[place].any():
-            own = weights.double()
-        pairs.append(_row_step(rest[place], own[place], shape))
-        rest[place] -= kron_weight(*pairs[i])
+    weights = weights.double()
+    pairs, rest = _first_sweep(table, [weights] * len(groups), groups)
+    if any(partial(shape, len(table)) for shape in groups):
+        own = _first_sweep(table, _own_weights(weights, groups), groups)
+        pairs, rest = min((pairs, rest), own, key=lambda one: weights @ one[1].square().sum(1))
     for _ in range(sweeps - 1 if len(groups) > 1 else 0):
-        for i, (shape, place) in enumerate(zip(groups, places, strict=True)):
+        for i, shape in enumerate(groups):
+            place = _rows_of(shape)
             rest[place] += kron_weight(*pairs[i])
             pairs[i] = _row_step(rest[place], weights[place], shape)
             rest[place] -= kron_weight(*pairs[i])
     return [balanced(*pair) for pair in pairs]
 
 
-def nearest_blocks(
-    table: Tensor, groups: Sequence[KroneckerShape]
-) -> tuple[list[Pair], float]:
+def _first_sweep(
+    table: Tensor, weights: Sequence[Tensor], groups: Sequence[KroneckerShape]
+) -> tuple[list[Pair], Tensor]:
+    """Each group, by its own weights of the rows, on what those before it leave; what all leave."""
+    rest = table.double().clone()
+    pairs = []
+    for shape, counts in zip(groups, weights, strict=True):
+        place = _rows_of(shape)
+        pairs.append(_row_step(rest[place], counts[place], shape))
+        rest[place] -= kron_weight(*pairs[-1])
+    return pairs, rest
+
+
+def _own_weights(weights: Tensor, groups: Sequence[KroneckerShape]) -> list[Tensor]:
+    """For each group 0 on the rows of later blocks; where that leaves none of its rows, all."""
+    found = []
+    for i, shape in enumerate(groups):
+        own = weights.clone()
+        for later in groups[i + 1 :]:
+            if partial(later, len(weights)):
+                own[_rows_of(later)] = 0
+        found.append(own if own[_rows_of(shape)].any() else weights)
+    return found
+
+
+def _rows_of(shape: KroneckerShape) -> slice:
+    return slice(shape.start, shape.start + shape.out_features)
+
+
+def nearest_blocks(table: Tensor, groups: Sequence[KroneckerShape]) -> tuple[list[Pair], float]:
     """`nearest_rows` with all rows alike, in table's dtype, and the relative error
     ||W - sum a ⊗ b|| / ||W||."""
     if any(shape.b_out != 1 for shape in groups):
         raise ShapeError(
-            f"{' + '.join(map(str, groups))}: beside a block of rows every group needs b_out = 1."
+            f"{' + '.join(map(str, groups))}: to fit a table with blocks of rows every group needs "
+            "b_out = 1. Change those that have not, or let every group make all rows."
         )
     pairs = nearest_rows(table, table.new_ones(len(table)), groups)
-    rest = table.double()
-    for (a, b), shape in zip(pairs, groups, strict=True):
-        rest[shape.start : shape.start + shape.out_features] -= kron_weight(a, b)
+    rest = table.double().clone()  # a float64 table would be written to
+    for pair, shape in zip(pairs, groups, strict=True):
+        rest[_rows_of(shape)] -= kron_weight(*pair)
     error = float(rest.norm() / (table.double().norm() or 1.0))
     return [(a.to(table.dtype), b.to(table.dtype)) for a, b in pairs], error
 
