@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 from .shapes import Groups, KroneckerShape, low_rank
 
@@ -27,7 +28,7 @@ OFFSET, POWER = 200.0, 0.75
 """Word i from the first on counts (i + OFFSET) ** -POWER times, flatter than it occurs: rare words
 carry more of a sentence's meaning than of its length, and the optimum is flat (lost part 0.185
 instead of 0.174). English Wikipedia's counts to the power 0.75, times the squared length of each
-row of MiniLM's table, lie 0.31 / 0.23 / 0.21 in the three blocks; the law says 0.33 / 0.17 / 0.20."""
+row of MiniLM's table, lie 0.31 / 0.23 / 0.21 in the three blocks, the law's 0.33 / 0.17 / 0.20."""
 
 CLOSENESS = (1.0, 1.4, 1.1, 1.0)
 """What is lost of a truncated SVD's law, to this power, is lost in each part: the most frequent
@@ -60,7 +61,7 @@ def shares_of(rows: int) -> tuple[float, ...]:
         return float((row - edges[0] + OFFSET) ** (1 - POWER))
 
     whole = until(rows) - until(edges[0])
-    blocks = [(until(b) - until(a)) / whole for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    blocks = [(until(b) - until(a)) / whole for a, b in pairwise(edges)]
     return (1 - sum(blocks), *blocks)
 
 
@@ -70,7 +71,7 @@ def row_ranks(rows: int, width: int) -> Iterator[tuple[Groups, float]]:
     if rows < SMALLEST:
         return
     edges, shares = edges_of(rows), shares_of(rows)
-    sizes = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    sizes = [b - a for a, b in pairwise(edges)]
     sizes = [rows - sum(sizes), *sizes]
     ranks = [1] + [0] * (len(sizes) - 1)
     while True:
@@ -99,7 +100,7 @@ def _groups(rows: int, width: int, edges: tuple[int, ...], ranks: list[int]) -> 
     shared, *others = ranks
     blocks = (
         KroneckerShape(after - start, 1, 1, width, rank - shared, start)
-        for start, after, rank in zip(edges[:-1], edges[1:], others, strict=True)
+        for (start, after), rank in zip(pairwise(edges), others, strict=True)
         if rank > shared
     )
     return (low_rank(rows, width, shared), *blocks)

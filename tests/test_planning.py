@@ -126,7 +126,7 @@ def test_a_pattern_passes_over_what_cannot_be_converted():
 
 def test_a_tied_head_follows_its_table():
     for rules, groups in (({}, True), ({WORD: "dense"}, False)):
-        found = planned(make_plan(encoder(), KroneckerConfig(factor=4, rules=rules)))
+        found = planned(make_plan(encoder(), KroneckerConfig(factor=3, rules=rules)))
         assert found[HEAD].groups == found[WORD].groups
         assert bool(found[WORD].groups) is groups
         assert found[HEAD].weights == 0
