@@ -270,7 +270,9 @@ class Study:
                 self.tokenizer,
                 self.rows.text(data, training.calibration_text),
             )
-        student = students.build(run.kind, teacher, run.factor, start, calibration)
+        student = students.build(
+            run.kind, teacher, run.factor, start, calibration, training.structure
+        )
         if start is None or run.kind != "kronbert":
             return student, None
         return student, {"name": start.name, "cosine": start.cosine}

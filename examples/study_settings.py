@@ -49,15 +49,20 @@ TEACHERS: dict[str, dict[str, Any]] = {
 }
 """What is different from `TEACHER`."""
 
-TERMS = ("embedding", "scores", "ffn", "logits", "labels")
-
 STAGE: dict[str, Any] = {
     "name": "task",
     "learning_rate": 1e-3,
     "epochs": 10,
     "batch_size": 32,
     "dropout": 0.0,
-    "objective": {"terms": [{"tap": tap} for tap in TERMS]},
+    "objective": {
+        "terms": [
+            {"tap": "embedding"},
+            {"tap": "ffn"},
+            {"tap": "logits", "loss": "kl"},
+            {"tap": "labels"},
+        ]
+    },
 }
 """The last stage of every student: fields of `Stage` as its JSON has them."""
 
@@ -99,7 +104,8 @@ class Training:
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. augment: copies
     per row with words replaced; text_rows: sentences of --text; both without labels, for stages
     that read none. start: a task whose student of the same kind, factor, seed and tag it goes on
-    from."""
+    from. structure: of the kinds kronbert and kronbert-nostage1, a key of
+    `study_structures.STRUCTURES`."""
 
     stages: tuple[dict[str, Any], ...]
     rates: tuple[float, ...] = RATES
@@ -110,6 +116,7 @@ class Training:
     augment: int = 0
     text_rows: int = 0
     start: str | None = None
+    structure: str = "planned"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))

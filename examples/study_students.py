@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_structures import products, restructured  # type: ignore[import-not-found]
 from transformers import AutoModelForSequenceClassification, BertConfig, DataCollatorWithPadding
 
 import kronbert
@@ -17,8 +18,8 @@ from kronbert.job_models import open_model
 from kronbert.job_start import Start, find_start, student_from
 from kronbert.linear import KroneckerLinear
 from kronbert.planning import LayerSize, Plan
-from kronbert.search import Candidate, pareto, predicted_loss, svd_rank
-from kronbert.shapes import KroneckerShape, divisors, low_rank
+from kronbert.search import Candidate, svd_rank
+from kronbert.shapes import low_rank
 
 BUCKETS = 4000
 """Slices of the budget in which `single_products` keeps the best mix."""
@@ -48,12 +49,25 @@ def plan_of(teacher: Any, factor: float, start: Start | None) -> Plan:
 
 
 def build(
-    kind: str, teacher: Any, factor: float, start: Start | None, calibration: list[Any] | None
+    kind: str,
+    teacher: Any,
+    factor: float,
+    start: Start | None,
+    calibration: list[Any] | None,
+    structure: str = "planned",
 ) -> Any:
-    """A student of ``teacher``; calibration: batches for a fit to data, None for the weights."""
+    """A student of ``teacher``; calibration: batches for a fit to data, None for the weights.
+    structure: of the kinds kronbert and kronbert-nostage1, see `study_structures`."""
     if kind == "kronbert" and start is not None:
+        if structure != "planned":
+            raise DataError(
+                f"structure={structure!r}: {start.name} has its own shapes. Use the kind "
+                "kronbert-nostage1."
+            )
         return student_from(start, teacher, factor=factor)
     plan = plan_of(teacher, factor, start)
+    if kind in ("kronbert", "kronbert-nostage1"):
+        plan = restructured(plan, structure)
     if kind == "dense":
         return two_layers(teacher, plan.parameters)
     if kind in ("kronbert", "kronbert-nostage1"):
@@ -109,7 +123,7 @@ def single_products(plan: Plan) -> Plan:
         size = layer.size
         classes.setdefault((size.group, size.kind, size.out, size.inner), []).append(size)
     depth = max(1, sum(layer.size.group in ("attention", "feed-forward") for layer in free) // 6)
-    options = {key: _products(members[0]) for key, members in classes.items()}
+    options = {key: products(members[0]) for key, members in classes.items()}
     budget = sum(layer.weights for layer in free)
     mixes: list[tuple[int, float, tuple[Candidate, ...]]] = [(0, 0.0, ())]
     for key, members in classes.items():
@@ -136,20 +150,6 @@ def single_products(plan: Plan) -> Plan:
                 left -= best_one.weights - chosen[size.name].weights
                 chosen[size.name] = best_one
     return plan.edit({name: list(one.groups) or "dense" for name, one in chosen.items()})
-
-
-def _products(size: LayerSize) -> list[Candidate]:
-    """Single products for one layer, weights ascending, predicted loss descending."""
-    table, found = size.kind in ("embedding", "position"), []
-    for a_out in [size.out] if table else divisors(size.out):
-        for a_in in divisors(size.inner):
-            shape = KroneckerShape(a_out, a_in, size.out // a_out, size.inner // a_in)
-            rank = min(shape.a_out, shape.a_in) * min(shape.b_out, shape.b_in)
-            whole = table or 2 * rank >= min(size.out, size.inner)
-            if whole and shape.parameters < size.weights:
-                loss = predicted_loss(shape, size.weights, table=table)
-                found.append(Candidate(shape.parameters, loss, (shape,)))
-    return pareto([*found, Candidate(size.weights, 0.0)])
 
 
 @torch.no_grad()
