@@ -113,7 +113,12 @@ def kron_logits(
     y = _scores(rows, *groups[0])
     for pair, start in zip(groups[1:], starts[1:], strict=True):
         part, after = _scores(rows, *pair), out - start - _entries(pair)
-        y = y + (F.pad(part, (start, after)) if start or after else part)
+        if not (start or after):
+            y = y + part
+        elif cpu.takes(y, [pair]):  # the other columns are not touched
+            y.narrow(1, start, out - start - after).add_(part)
+        else:
+            y = y + F.pad(part, (start, after))
     return (y if bias is None else y + bias).view(*h.shape[:-1], out)
 
 
@@ -212,14 +217,14 @@ def _add_rows(
     inside = (place >= 0) & (place < rows)
     if cpu.takes(y, [pair]):  # only the rows that it makes
         chosen = inside.nonzero()[:, 0]
-        return y.index_add(0, chosen, _rows(place[chosen], *pair).to(y.dtype))
+        return y.index_add(0, chosen, _rows(place[chosen], *pair))
     found = _rows(place.clamp(0, rows - 1), *pair)
     return y + torch.where(inside[:, None], found, found.new_zeros(()))
 
 
 def _entries(pair: tuple[Tensor, Tensor]) -> int:
     """Rows that a group of a table makes; a (a_out, rank, a_in)."""
-    return int(pair[0].shape[0] * pair[1].shape[1])  # tensors, while torch.jit traces
+    return pair[0].shape[0] * pair[1].shape[1]
 
 
 def _listed(terms: Terms) -> Sequence[Tensor]:

@@ -107,6 +107,7 @@ class _Job:
 
     def _make_stages(self, config: Any, most: int) -> None:
         from .distill.finetune import labels_only, use_bf16
+        from .distill.recipes.kronbert import kronbert
         from .distill.recipes.kroneckerbert import kroneckerbert
         from .distill.stages import Stage
 
@@ -119,9 +120,12 @@ class _Job:
         length = settings.max_length
         if length is None:
             length = min(self.task.max_length, most)
-        target = settings.preset or settings.factor or 0.0
         self.masked = has_masked_lm(config, self.tokenizer)
-        recipe = kroneckerbert(target, task=self.task.name, mlm=self.masked)
+        name, regression = self.task.name, self.task.labels is None
+        if settings.preset is not None:
+            recipe = kroneckerbert(settings.preset, task=name, mlm=self.masked)
+        else:
+            recipe = kronbert(task=name, regression=regression, mlm=self.masked)
         self.on_task = _changed(
             recipe.stage("task"),
             epochs=settings.epochs,

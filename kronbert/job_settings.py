@@ -15,8 +15,9 @@ class CompressSettings:
     """What `kronbert compress` is asked for.
 
     model: hub name or folder, with a task head fine-tuned for the task or without one. task: a GLUE
-    name or a folder of tables. factor or preset: as in `kronbert.convert`. None: the recipe's value
-    (KroneckerBERT), or, for the teacher, 1e-4 below 512 hidden units and 3e-5 from there on.
+    name or a folder of tables. factor or preset: as in `kronbert.convert`. None: the value of the
+    recipe (factor: `kronbert.distill.recipes.kronbert`; preset: KroneckerBERT's), or, for the
+    teacher, 1e-4 below 512 hidden units and 3e-5 from there on.
     student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it."""
 
     model: str

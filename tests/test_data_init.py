@@ -194,6 +194,30 @@ def test_rows_of_a_table_are_weighted_by_how_often_they_occur():
     assert fit.weights_error == pytest.approx((before / wanted).sqrt().item(), rel=1e-4)
 
 
+def test_blocks_of_rows_are_fitted_to_the_words_that_occur():
+    table = nn.Embedding(200, 16, dtype=torch.float64)
+    before = table.weight.detach().clone()
+    ids = torch.cat([torch.randint(20, (4, 50)), torch.randint(200, (4, 9))], 1)
+    rules = {"": "2:200x1*1x16 + 3:15x1*1x16@4 + 200x4*1x4"}
+    student = kronbert.convert(table, rules=rules, init="data", calibration=[ids])
+    by_weight = kronbert.convert(table, rules=rules)
+    assert torch.equal(table.weight, before)
+    with torch.no_grad():
+        missed, by_weight_missed = (
+            (table(ids) - s(ids)).square().sum() for s in (student, by_weight)
+        )
+        wanted = (table(ids) - table(ids).mean((0, 1))).square().sum()
+    assert missed < 0.9 * by_weight_missed
+    fit = student.data_fit.layers[""]
+    assert fit.kept is None
+    assert fit.data_error == pytest.approx((missed / wanted).sqrt().item())
+    assert fit.weights_error == pytest.approx((by_weight_missed / wanted).sqrt().item())
+    count = torch.bincount(ids.flatten(), minlength=200) + data_init.SMOOTHING
+    pairs = nearest_rows(table.weight.detach(), count, student.groups)
+    for matrix, pair in zip(student.matrices("a"), pairs, strict=True):
+        torch.testing.assert_close(matrix.detach(), pair[0].transpose(0, 1))
+
+
 def test_a_table_whose_rows_share_rows_says_that_it_kept_its_fit():
     table = nn.Embedding(200, 16)
     ids = torch.randint(200, (4, 50))

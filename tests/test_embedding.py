@@ -1,5 +1,8 @@
 """`KroneckerEmbedding`: against the dense table, both ways of conversion, padding."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -93,3 +96,51 @@ def test_refusals():
         KroneckerEmbedding(30, 12, WORD, padding_idx=30)
     with pytest.raises(ShapeError, match="a_out=7 does not divide"):
         KroneckerEmbedding(30, 12, KroneckerShape(7, 4, 1, 3))
+    with pytest.raises(ShapeError, match=r"KroneckerEmbedding: .*starts at row 4: expected 0"):
+        KroneckerEmbedding(30, 12, KroneckerShape(26, 1, 1, 12, start=4))
+
+
+BLOCKS = (
+    KroneckerShape(30, 1, 1, 12, 2),
+    KroneckerShape(7, 1, 1, 12, 3, start=4),
+    KroneckerShape(9, 2, 1, 6, 1, start=21),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_of_rows_are_fitted_and_the_dense_table_stays(dtype):
+    dense = nn.Embedding(30, 12, padding_idx=5, dtype=dtype)
+    before = dense.weight.detach().clone()
+    layer, error = KroneckerEmbedding.from_embedding(dense, BLOCKS)
+    assert torch.equal(dense.weight, before)
+    assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {
+        **{"a": (30, 2, 1), "a_1": (7, 3, 1), "a_2": (9, 1, 2)},
+        **{"b": (2, 1, 12), "b_1": (3, 1, 12), "b_2": (1, 1, 6)},
+    }
+    assert "svd(2) 30x12 + svd(3) 7x12@4 + 9x2⊗1x6@21, padding_idx=5" in repr(layer)
+    back = layer.to_embedding()
+    assert (back.weight.dtype, back.padding_idx) == (dtype, 5)
+    missed = (back.weight.double() - before.double()).norm() / before.double().norm()
+    near = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    assert error == pytest.approx(missed.item(), rel=near)
+    assert error < KroneckerEmbedding.from_embedding(dense, BLOCKS[0])[1]
+    ids = torch.arange(30)
+    for found in (layer(ids), layer.weight):
+        torch.testing.assert_close(found, back.weight, rtol=near, atol=near)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert torch.equal(again(ids), layer(ids))
+
+
+def test_blocks_with_shared_rows_work_but_are_not_fitted():
+    groups = (SHARED, KroneckerShape(3, 4, 2, 3, 2, start=5))
+    layer = KroneckerEmbedding(30, 12, groups, dtype=torch.float64)
+    torch.testing.assert_close(layer(torch.arange(30)), layer.to_embedding().weight)
+    with pytest.raises(ShapeError, match=r"@5: to fit a table with blocks .* needs b_out = 1"):
+        KroneckerEmbedding.from_embedding(nn.Embedding(30, 12), groups)
+
+
+def test_rows_without_a_block_start_at_the_scale_of_nn_embedding():
+    groups = (KroneckerShape(3000, 1, 1, 12, 8), KroneckerShape(500, 1, 1, 12, 8, start=999))
+    found = KroneckerEmbedding(3000, 12, groups).to_embedding().weight
+    assert 0.8 < found[1499:].std() < 1.25
+    assert found[999:1499].std() > 1.1 * found[1499:].std()

@@ -17,7 +17,7 @@ from kronbert import blocks
 from kronbert.fusion import fuse, unfuse
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 96,
+    "vocab_size": 130,  # tables of fewer than 128 rows stay dense
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -30,7 +30,7 @@ CONFIGS: dict[str, Any] = {
     "xlm-roberta": transformers.XLMRobertaConfig(**SMALL),
     "electra": transformers.ElectraConfig(**SMALL, embedding_size=12),
     "distilbert": transformers.DistilBertConfig(
-        vocab_size=96, dim=24, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40
+        vocab_size=130, dim=24, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=40
     ),
     "modernbert": transformers.ModernBertConfig(
         **SMALL, pad_token_id=0, bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2
@@ -278,6 +278,28 @@ def test_packed_sequences():
     ids, positions = IDS.repeat(1, 4).view(1, 56), torch.arange(14).repeat(1, 4)
     inputs = {"input_ids": ids, "position_ids": positions}
     assert_same(scores(ours, **inputs), scores(plain, **inputs))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tables_with_blocks_of_rows(name, calls):
+    """Ids in no block, in one and in two, and the padding entry in one."""
+    width = 12 if name == "electra" else 24
+    spec = f"2:130x1*1x{width} + 3:9x1*1x{width} + 1:20x1*1x{width}@5 + 2:64x2*1x{width // 2}@66"
+    dense = a_model(name, converted=False)
+    plain = kronbert.convert(dense, rules=RULES | {"re:.*(word|tok)_embeddings": spec})
+    tables = [m for m in plain.modules() if isinstance(m, kronbert.KroneckerEmbedding)]
+    assert [table.starts for table in tables] == [(0, 0, 5, 66)]
+    ours = fuse(copy.deepcopy(plain))
+    found, wanted = gradients(ours), gradients(plain)
+    assert calls["embed_norm"] == 1
+    assert any(key.endswith("_embeddings.a_3") for key in found)
+    assert_same(found, wanted)
+    for model in (ours, plain):
+        model.eval()
+    with torch.no_grad():
+        expected = scores(plain)
+        assert_same(scores(ours), expected)
+        assert_same(scores(unfuse(ours)), expected)
 
 
 def test_padding_gets_no_gradient():

@@ -43,7 +43,8 @@ TABLE = {
     "shapes": Row("errors"),
     "presets": Row(SIZES),
     "config": Row(f"{SIZES} presets"),
-    "search": Row(SIZES),
+    "row_ranks": Row(SIZES),
+    "search": Row(f"{SIZES} row_ranks"),
     "planning": Row(f"{SIZES} presets config search", lazily="plan_table"),
     "plan_table": Row(PLANNING, outside="rich"),
     # Tensors.
@@ -52,6 +53,7 @@ TABLE = {
     "decompose": Row(
         f"{SIZES} reference", outside="torch einops numpy", outside_lazily="scipy tensorly"
     ),
+    "weighted_fit": Row(f"{SIZES} decompose reference", outside="torch einops"),
     # The CPU engine. Its costs are arithmetic on a table: no torch of their own.
     "native": Row(lazily="cpu_calibrate", outside="torch"),
     "form_matrices": Row(outside="torch"),
@@ -72,7 +74,7 @@ TABLE = {
     "blocks": Row("errors forms cpu cpu_blocks cuda functional", outside="torch"),
     "losses": Row("errors functional", outside="torch"),
     "linear": Row(f"{ARITHMETIC} cpu", outside="torch", outside_lazily="transformers"),
-    "embedding": Row(f"{ARITHMETIC} linear", outside="torch"),
+    "embedding": Row(f"{ARITHMETIC} linear weighted_fit", outside="torch"),
     "head": Row(f"{ARITHMETIC} linear embedding", outside="torch", outside_lazily="transformers"),
     # A model's own blocks, fused: one file per family of transformers' models.
     "fused_parts": Row("blocks linear embedding", outside="torch transformers"),
@@ -92,7 +94,6 @@ TABLE = {
     # Initialisation from data.
     "walk": Row(outside="torch"),
     "moments": Row(outside="torch"),
-    "weighted_fit": Row(f"{SIZES} decompose reference", outside="torch einops"),
     "fit_report": Row(),
     "data_init": Row(
         f"{SIZES} planning linear embedding head walk moments weighted_fit fit_report",

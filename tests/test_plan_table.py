@@ -44,6 +44,13 @@ def test_a_row_has_the_sizes_and_both_orders(plan):
     assert text.count("  output.dense") == 2
 
 
+def test_blocks_say_which_rows_they_make(plan):
+    shapes = "3:30522x1*1x768 + 2:999x1*1x768 + 5:100x1*1x768@30422 + 7x3*1x256@9"
+    text = render(plan.edit({WORD: shapes}))
+    for part in ("svd(3) + svd(2)", "rows 0 to 998 +", "svd(5) rows 30422", "to 30521 +", "56@9"):
+        assert part in text
+
+
 def test_groups_have_totals(plan):
     line = row_of(str(plan).partition("group")[2], "attention")
     assert line == ["attention", "48", "28,311,552", "886,272", "31.9", "56.6M", "3.6M"]

@@ -150,6 +150,11 @@ def test_flops_of_every_kind_of_layer():
     assert both.flops == shape.flops() + low_rank(42, 20, 3).flops() + 42
     assert PlannedLayer(size=table).flops == 0
     assert PlannedLayer(size=table, groups=(low_rank(50, 20, 3),)).flops == 3 * 2 * 20
+    block = KroneckerShape(7, 1, 1, 20, 5, start=9)
+    groups = (low_rank(50, 20, 3), block)
+    assert PlannedLayer(size=table, groups=groups).flops == (3 + 5) * 2 * 20
+    head = replace(table, kind="head", tied_to="t")
+    assert PlannedLayer(size=head, groups=groups).flops == sum(s.flops() for s in groups) + 7
 
 
 def test_by_group():
@@ -209,6 +214,23 @@ def test_json_round_trip_keeps_everything():
     assert again == plan
     assert planned(again)[QUERY].error == 0.25
     assert str(again) == str(plan)
+
+
+def test_json_of_a_table_with_blocks_and_its_head():
+    text = "9:1000x1*1x96 + 5:200x1*1x96@30"
+    plan = make_plan(encoder(), KroneckerConfig(rules={WORD: text}))
+    data = json.loads(json.dumps(plan.to_json()))
+    assert {row["name"]: row["groups"] for row in data["layers"] if row["groups"]} == {
+        WORD: text,
+        HEAD: text,
+    }
+    assert Plan.from_json(data) == plan
+    assert planned(plan)[WORD].weights == 9 * 1096 + 5 * 296
+    with pytest.raises(ShapeError, match=f"'{QUERY}': .*@30 starts at row 30: expected 0"):
+        plan.edit({QUERY: "96x1*1x96 + 20x1*1x96@30"})
+    data["layers"][0]["groups"] = text.replace("@30", "@801")
+    with pytest.raises(ShapeError, match=f"'{WORD}': .* makes rows 801 to 1000 of 96"):
+        Plan.from_json(data)
 
 
 def broken(change):

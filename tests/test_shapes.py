@@ -11,6 +11,7 @@ from kronbert.shapes import (
     low_rank,
     near_divisors,
     parse_groups,
+    table_starts,
 )
 
 # papers.md 1.3 and 1.4: weights, FLOPs per token b first and a first.
@@ -65,7 +66,9 @@ def test_truncated_svd_is_a_member():
     assert not KroneckerShape(30, 2, 1, 10).low_rank
 
 
-@pytest.mark.parametrize("text", ["384x48*2x16", "4:384x48*2x16", "17:30x1*1x20"])
+@pytest.mark.parametrize(
+    "text", ["384x48*2x16", "4:384x48*2x16", "17:30x1*1x20", "64:2001x1*1x384@999", "5x4*2x3@7"]
+)
 def test_spec_round_trip(text):
     assert KroneckerShape.parse(text).spec == text
 
@@ -77,7 +80,9 @@ def test_parse_reads_what_is_printed():
     assert parse_groups("4:384x48*2x16 + 3:768x1*1x768") == (shape, low_rank(768, 768, 3))
 
 
-@pytest.mark.parametrize("text", ["", "768", "384x48", "384x48*2x16*2x2", "-1x2*3x4", "a x b"])
+@pytest.mark.parametrize(
+    "text", ["", "768", "384x48", "384x48*2x16*2x2", "-1x2*3x4", "a x b", "5x4*2x3@", "5x4@7*2x3"]
+)
 def test_parse_refuses(text):
     with pytest.raises(ShapeError, match="is no Kronecker shape: expected 'a_out x a_in"):
         KroneckerShape.parse(text)
@@ -87,6 +92,50 @@ def test_parse_refuses(text):
 def test_sizes_are_whole_numbers(size):
     with pytest.raises(ShapeError, match=r"KroneckerShape\(b_in=.*expected a whole number >= 1"):
         KroneckerShape(2, 3, 4, size)
+
+
+@pytest.mark.parametrize("start", [-1, 2.0, True, None])
+def test_a_start_is_a_row(start):
+    with pytest.raises(ShapeError, match=r"KroneckerShape\(start=.*expected a row, 0 or more"):
+        KroneckerShape(2, 3, 4, 5, start=start)
+
+
+BLOCKS = "2:23x1*1x12 + 3:5x4*1x3@18 + 9x1*1x12 + 23x2*1x6"
+
+
+def test_blocks_of_rows_are_read_as_they_are_printed():
+    groups = parse_groups(BLOCKS)
+    assert " + ".join(shape.spec for shape in groups) == BLOCKS
+    assert [shape.start for shape in groups] == [0, 18, 0, 0]
+    assert str(groups[1]) == "3·5x4⊗1x3@18"
+    assert KroneckerShape.parse(str(groups[1])) == groups[1]
+    assert str(KroneckerShape(5, 1, 1, 12, 3, 18)) == "svd(3) 5x12@18"
+    check_groups(groups, 23, 12, "x", table=True)
+    assert table_starts(groups, 23) == (0, 18, 0, 0)
+    assert table_starts((groups[0], groups[3]), 23) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("5x1*1x12 + 23x1*1x12", "x: a_out=5 does not divide out_features=23"),
+        ("22x1*1x12@1 + 23x1*1x12", r"22x12@1 starts at row 1: expected 0. Only the second and"),
+        ("23x1*1x12 + 5x1*1x12@19", "makes rows 19 to 23 of 12 numbers, expected rows up to 22 of"),
+        ("23x1*1x12 + 23x1*1x12@1", "makes rows 1 to 23 of 12 numbers"),
+        ("23x1*1x12 + 5x1*1x6@3", "makes rows 3 to 7 of 6 numbers, expected rows up to 22 of 12"),
+        ("23x1*1x12 + 46x1*1x12", "a_out=46 does not divide out_features=23"),
+    ],
+)
+def test_blocks_that_do_not_lie_in_the_table(text, said):
+    with pytest.raises(ShapeError, match=said):
+        check_groups(parse_groups(text), 23, 12, "x", table=True)
+
+
+def test_only_tables_have_blocks():
+    with pytest.raises(ShapeError, match=r"x: .*@18 starts at row 18: expected 0"):
+        check_groups(parse_groups(BLOCKS), 23, 12, "x")
+    with pytest.raises(ShapeError, match="a_out=5 does not divide out_features=23"):
+        check_groups(parse_groups("23x1*1x12 + 5x1*1x12"), 23, 12, "x")
 
 
 def test_a_shape_that_does_not_divide_names_the_nearest_divisors():
