@@ -6,6 +6,7 @@ import pytest
 
 from kronbert.distill import Objective, Recipe, Stage, Term, recipes
 from kronbert.distill.recipes.kroneckerbert import kroneckerbert
+from kronbert.distill.recipes.kronbert import kronbert
 from kronbert.errors import DistillError
 
 OBJECTIVE = Objective(terms=(Term(tap="ffn"), Term(tap="logits", loss="kl", temperature=3.0)))
@@ -88,6 +89,19 @@ def test_kroneckerbert_is_the_papers():
 )
 def test_kroneckerbert_rates(factor, task, rate):
     assert kroneckerbert(factor, task=task).stage("task").learning_rate == rate
+
+
+def test_kronbert_has_no_score_term_and_no_softmax_of_one_number():
+    general, task = recipes.get("kronbert").stages
+    assert [t.tap for t in general.objective.terms] == ["embedding", "ffn"]
+    assert [(t.tap, t.loss) for t in task.objective.terms[2:]] == [
+        ("logits", "kl"),
+        ("labels", "own"),
+    ]
+    for made in (kronbert(task="STSB"), kronbert(task="my scores", regression=True)):
+        assert made.stage("task").objective.terms[2].loss == "mse"
+    assert kronbert(mlm=True).stage("general").objective.label_tap == "mlm"
+    assert kronbert(task="cola").stage("task").epochs > kronbert(task="sst2").stage("task").epochs
 
 
 def test_recipes_survive_json():

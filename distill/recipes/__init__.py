@@ -58,13 +58,16 @@ def names() -> tuple[str, ...]:
     """What `get` knows."""
     from kronbert.distill.recipes.kroneckerbert import FACTORS
 
-    return tuple(f"kroneckerbert-{preset}" for preset in FACTORS)
+    return ("kronbert", *(f"kroneckerbert-{preset}" for preset in FACTORS))
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name, for example "kroneckerbert-k8"."""
+    """The recipe of that name: "kronbert", this library's own, or "kroneckerbert-k8"."""
     from kronbert.distill.recipes.kroneckerbert import kroneckerbert
+    from kronbert.distill.recipes.kronbert import kronbert
 
     if name not in names():
         raise DistillError(f"recipe {name!r} is not known. {near(name, names())}")
+    if name == "kronbert":
+        return kronbert()
     return kroneckerbert(name.removeprefix("kroneckerbert-"))
