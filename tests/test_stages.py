@@ -5,8 +5,8 @@ import json
 import pytest
 
 from kronbert.distill import Objective, Recipe, Stage, Term, recipes
-from kronbert.distill.recipes.kroneckerbert import kroneckerbert
 from kronbert.distill.recipes.kronbert import kronbert
+from kronbert.distill.recipes.kroneckerbert import kroneckerbert
 from kronbert.errors import DistillError
 
 OBJECTIVE = Objective(terms=(Term(tap="ffn"), Term(tap="logits", loss="kl", temperature=3.0)))

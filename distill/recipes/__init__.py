@@ -63,8 +63,8 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Recipe:
     """The recipe of that name: "kronbert", this library's own, or "kroneckerbert-k8"."""
-    from kronbert.distill.recipes.kroneckerbert import kroneckerbert
     from kronbert.distill.recipes.kronbert import kronbert
+    from kronbert.distill.recipes.kroneckerbert import kroneckerbert
 
     if name not in names():
         raise DistillError(f"recipe {name!r} is not known. {near(name, names())}")
