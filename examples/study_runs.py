@@ -259,7 +259,9 @@ class Study:
                 )
             folder = source.folder(self.output) / "model"
             return students.continued(teacher, folder), {"name": f"student of {training.start}"}
-        start = students.stage1_start(self.options.stage1, teacher, self.tokenizer, run.factor)
+        start = students.stage1_start(
+            self.options.stage1, teacher, self.tokenizer, run.factor, run.kind
+        )
         calibration = None
         fitted = run.kind == "kronbert-nostage1" or (run.kind == "kronbert" and start is None)
         if fitted and training.init == "data":
@@ -273,7 +275,7 @@ class Study:
         student = students.build(
             run.kind, teacher, run.factor, start, calibration, training.structure
         )
-        if start is None or run.kind != "kronbert":
+        if start is None or run.kind not in ("kronbert", "svd-stage1"):
             return student, None
         return student, {"name": start.name, "cosine": start.cosine}
 

@@ -24,11 +24,15 @@ KINDS = {
     "kronbert": "**kronbert**",
     "kronbert-nostage1": "kronbert without stage 1",
     "svd": "truncated SVD",
+    "svd-stage1": "truncated SVD after the same stage 1",
     "paper": "single products, 1 x n embedding (KroneckerBERT's shapes)",
     "random": "kronbert's shapes, random start",
     "dense": "dense, two narrow layers",
 }
 """Student kinds, in the order of the table."""
+
+ASKED_FOR = ("svd-stage1",)
+"""Kinds that only --students makes: they need a student of their own in --stage1."""
 
 MAIN = "main"
 """The tag of runs without an override of their own."""

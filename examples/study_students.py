@@ -25,10 +25,19 @@ BUCKETS = 4000
 """Slices of the budget in which `single_products` keeps the best mix."""
 
 
-def stage1_start(asked: str | None, teacher: Any, tokenizer: Any, factor: float) -> Start | None:
+def stage1_start(
+    asked: str | None, teacher: Any, tokenizer: Any, factor: float, kind: str = "kronbert"
+) -> Start | None:
     """The stage-1 student of this factor: a folder of ``asked``, or one that comes with kronbert.
 
-    asked: holds 8/, 19/, ... as save_pretrained or pretrain-student wrote them; "none"."""
+    asked: holds 8/, 19/, ... as save_pretrained or pretrain-student wrote them, and for the kind
+    svd-stage1 8-svd/, ...; "none"."""
+    if kind == "svd-stage1":
+        place = Path(str(asked), f"{factor:g}-svd")
+        if not place.is_dir():
+            raise DataError(f"kind {kind!r}: expected {factor:g}-svd in --stage1, got {asked!r}.")
+        inner = place / "student"
+        return find_start(str(inner if inner.is_dir() else place), teacher, tokenizer, factor, None)
     if asked not in (None, "none"):
         place = Path(str(asked), f"{factor:g}")
         inner = place / "student"
@@ -58,6 +67,8 @@ def build(
 ) -> Any:
     """A student of ``teacher``; calibration: batches for a fit to data, None for the weights.
     structure: of the kinds kronbert and kronbert-nostage1, see `study_structures`."""
+    if kind == "svd-stage1" and start is not None:
+        return student_from(start, teacher, factor=factor)
     if kind == "kronbert" and start is not None:
         if structure != "planned":
             raise DataError(

@@ -346,6 +346,13 @@ def test_stage1_students_are_found_by_their_factor(modules, options, tiny_bert, 
     assert rows["kronbert"]["start"]["name"]
     assert rows["kronbert-nostage1"]["start"] is None
     assert rows["kronbert"]["shapes"] == rows["kronbert-nostage1"]["shapes"]
+    options.students = ["svd-stage1"]
+    with pytest.raises(DistillError, match=r"expected 3-svd in --stage1"):
+        made(modules, options)
+    shutil.copytree(place, tmp_path / "stage1" / "3-svd")
+    rows = made(modules, options)
+    assert rows["svd-stage1"]["start"]["name"]
+    options.students = ["kronbert"]
     options.stage1 = str(tmp_path / "absent")
     options.seeds = [2]
     with pytest.raises(DistillError, match=r"DataError: --stage1.*no such folder"):
