@@ -1,4 +1,5 @@
-"""Writes the README's tables, and docs/retention.png, from the JSON files in examples/results.
+"""Writes the tables of README.md and docs/accuracy.md, and docs/retention.png, from the JSON files
+in examples/results.
 
 --check only compares the tables.
 
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import stage1_tables  # type: ignore[import-not-found]
 import study_tables as study  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,16 +104,24 @@ TABLES = {
     "study_subsets": of_study(study.subsets),
     "study_outside": of_study(study.outside),
     "study_ablation": of_study(study.ablations),
+    "stage1": lambda: stage1_tables.stage1(RESULTS / "stage1.json"),
 }
+
+PAGES = ("README.md", "docs/accuracy.md")
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = rewritten(before)
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text()
+        after = rewritten(before)
+        if "--check" in sys.argv:
+            if after != before:
+                sys.exit(f"{page} differs from examples/results: run me.")
+        else:
+            path.write_text(after)
     if "--check" in sys.argv:
-        sys.exit(None if after == before else "README.md differs from examples/results: run me.")
-    readme.write_text(after)
+        return
     study.retention_picture(study.read(RESULTS / "glue_study.json"), ROOT / "docs/retention.png")
 
 

@@ -15,6 +15,7 @@ from kronbert.distill import (
     augment,
     load_task,
     tokenize,
+    unlabelled_rows,
     unlabelled_text,
     with_unlabelled,
 )
@@ -31,7 +32,9 @@ class Rows:
         self.options, self.tokenizer = options, tokenizer
 
     @lru_cache(maxsize=1)  # noqa: B019 - one study lives as long as its process
-    def _tokens(self, task: str, copies: int, sentences: int) -> TaskData:
+    def _tokens(
+        self, task: str, copies: int, sentences: int, transfer: tuple[tuple[str, int], ...]
+    ) -> TaskData:
         data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
         more = []
         if copies:
@@ -39,13 +42,18 @@ class Rows:
             more.append(augment(data, self.tokenizer, table, copies=copies))
         if sentences:
             more.append(unlabelled_text(data.task, self._source(), limit=sentences))
+        for name, limit in transfer:
+            other = load_task(name, data_dir=self.options.data_dir)
+            rows = other.train.shuffle(seed=settings.SEARCH_SEED)
+            more.append(unlabelled_rows(data.task, rows, other.task.text, limit=limit))
         return tokenize(with_unlabelled(data, *more), self.tokenizer)
 
     def tokens(self, task: str, training: Any = None) -> TaskData:
         """The task's rows, with those without a label that the training wants."""
         if training is None:
-            return self._tokens(task, 0, 0)
-        return self._tokens(task, training.augment, training.text_rows)
+            return self._tokens(task, 0, 0, ())
+        transfer = tuple(training.transfer.items())
+        return self._tokens(task, training.augment, training.text_rows, transfer)
 
     def text(self, data: TaskData, sentences: int) -> Any:
         if not sentences:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ class Training:
     are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
     init: of the kinds kronbert and kronbert-nostage1, see `kronbert.convert`, on
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. augment: copies
-    per row with words replaced; text_rows: sentences of --text; both without labels, for stages
-    that read none. start: a task whose student of the same kind, factor, seed and tag it goes on
-    from. structure: of the kinds kronbert and kronbert-nostage1, a key of
+    per row with words replaced; text_rows: sentences of --text; transfer: other tasks and how many
+    of their training rows; all without labels, for stages that read none. start: a task whose
+    student of the same kind, factor, seed and tag it goes on from. structure: of the kinds kronbert and kronbert-nostage1, a key of
     `study_structures.STRUCTURES`."""
 
     stages: tuple[dict[str, Any], ...]
@@ -119,6 +119,7 @@ class Training:
     calibration_text: int = 0
     augment: int = 0
     text_rows: int = 0
+    transfer: Mapping[str, int] = field(default_factory=dict)
     start: str | None = None
     structure: str = "planned"
 
@@ -130,10 +131,11 @@ class Training:
         if not self.stages:
             raise DistillError("stages: expected one or more.")
         stages = self.stages_of("kronbert", seed=0)
-        if (self.augment or self.text_rows) and all(one.objective.label_tap for one in stages):
+        more = self.augment or self.text_rows or self.transfer
+        if more and all(one.objective.label_tap for one in stages):
             raise DistillError(
-                "augment, text_rows: rows without labels, but every stage learns from labels. "
-                "Drop the term 'labels' from one."
+                "augment, text_rows, transfer: rows without labels, but every stage learns from "
+                "labels. Drop the term 'labels' from one."
             )
         names = [stage.name for stage in stages]
         if len(set(names)) < len(names):

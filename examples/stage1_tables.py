@@ -1,0 +1,57 @@
+"""The table of stage 1 on general text, from the JSON that stage1_study.py wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+NONE = "not measured"
+
+
+def stage1(path: Path) -> str:
+    """Held-out errors of every structure at the start and at the end, and what it costs."""
+    if not path.is_file():
+        return NONE
+    content = json.loads(path.read_text())
+    rows = content["rows"]
+    lines = [
+        "| factor | structure | parameters | MFLOPs per token | hidden states, start | end | "
+        "embedding, end | training |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_row(row) for row in rows),
+        "",
+        _notes(content),
+    ]
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, Any]) -> str:
+    start, end = row["points"][0], row["points"][-1]
+    cells = [
+        f"{row['factor']:g}",
+        row["variant"],
+        f"{row['parameters'] / 1e6:.3f} M",
+        f"{row['flops_per_token'] / 1e6:.2f}",
+        f"{start['loss_ffn']:.3f}",
+        f"{end['loss_ffn']:.3f}",
+        f"{end['loss_embedding']:.3f}",
+        f"{row['seconds'] / 60:.1f} min",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _notes(content: dict[str, Any]) -> str:
+    rows = content["rows"]
+
+    def each(key: str) -> str:
+        return "; ".join(sorted({str(row[key]) for row in rows}))
+
+    commits = "; ".join(sorted({row["commit"][:8] for row in rows}))
+    steps = sorted({row["points"][-1]["step"] for row in rows})
+    return (
+        f"Held-out mean squared error of the hidden states, summed over the layers, and of the "
+        f"embedding's output, after {', '.join(map(str, steps))} steps of 32 blocks of 128 tokens; "
+        f"{each('data')}. Seed {each('seed')}; one thread beside other work, so the times are "
+        f"rough; {each('machine')}; commits {commits}; `{content['command']}`."
+    )
