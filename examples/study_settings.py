@@ -108,8 +108,8 @@ class Training:
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. augment: copies
     per row with words replaced; text_rows: sentences of --text; transfer: other tasks and how many
     of their training rows; all without labels, for stages that read none. start: a task whose
-    student of the same kind, factor, seed and tag it goes on from. structure: of the kinds kronbert and kronbert-nostage1, a key of
-    `study_structures.STRUCTURES`."""
+    student of the same kind, factor, seed and tag it goes on from. structure: of the kinds kronbert
+    and kronbert-nostage1, a key of `study_structures.STRUCTURES`."""
 
     stages: tuple[dict[str, Any], ...]
     rates: tuple[float, ...] = RATES
