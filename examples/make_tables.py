@@ -104,6 +104,7 @@ TABLES = {
     "study_subsets": of_study(study.subsets),
     "study_outside": of_study(study.outside),
     "study_ablation": of_study(study.ablations),
+    "tables": lambda: stage1_tables.tables(RESULTS / "tables.json"),
     "stage1": lambda: stage1_tables.stage1(RESULTS / "stage1.json"),
 }
 

@@ -1,4 +1,4 @@
-"""The table of stage 1 on general text, from the JSON that stage1_study.py wrote."""
+"""Tables of what comes before a task: word tables, stage 1; from their scripts' JSON."""
 
 from __future__ import annotations
 
@@ -55,3 +55,25 @@ def _notes(content: dict[str, Any]) -> str:
         f"{each('data')}. Seed {each('seed')}; one thread beside other work, so the times are "
         f"rough; {each('machine')}; commits {commits}; `{content['command']}`."
     )
+
+
+def tables(path: Path) -> str:
+    """What word tables of one size lose on every text, fitted to its words or all rows alike."""
+    if not path.is_file():
+        return NONE
+    content = json.loads(path.read_text())
+    names = list(content["rows"][0]["lost"])
+    lines = [
+        "| factor | table | fitted to | numbers | " + " | ".join(names) + " |",
+        "|---|---|---|---|" + "---|" * len(names),
+    ]
+    for row in content["rows"]:
+        fit = "words as they occur" if row["fit"] == "words" else "all rows alike"
+        cells = [f"{row['factor']:g}", row["table"], fit, f"{row['numbers'] / 1e6:.2f} M"]
+        lines.append("| " + " | ".join([*cells, *(f"{row['lost'][n]:.2f}" for n in names)]) + " |")
+    note = (
+        "Lost part of the squared output over the words of the text (the first "
+        f"{content['words'] / 1e6:g} M words of the text given, GLUE's training sets); "
+        f"{content['machine']}; commit {content['commit'][:8]}; `{content['command']}`."
+    )
+    return "\n".join([*lines, "", note])

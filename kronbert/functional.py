@@ -209,16 +209,16 @@ def _rows(flat: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _add_rows(
     y: Tensor, flat: Tensor, pair: tuple[Tensor, Tensor], start: int, *, entries: int
 ) -> Tensor:
-    """y (n, width) plus the rows ``flat`` (n,) of a group that makes rows from ``start`` on."""
+    """y (n, width) plus the rows ``flat`` (n,) of a group that makes rows from ``start`` on; y may be
+    written over."""
     rows = _entries(pair)
     if rows == entries:
         return y + _rows(flat, *pair)
-    place = flat - start
-    inside = (place >= 0) & (place < rows)
+    inside = (flat >= start) & (flat < start + rows)
     if cpu.takes(y, [pair]):  # only the rows that it makes
         chosen = inside.nonzero()[:, 0]
-        return y.index_add(0, chosen, _rows(place[chosen], *pair))
-    found = _rows(place.clamp(0, rows - 1), *pair)
+        return y.index_add_(0, chosen, _rows(flat[chosen] - start, *pair))
+    found = _rows((flat - start).clamp(0, rows - 1), *pair)
     return y + torch.where(inside[:, None], found, found.new_zeros(()))
 
 
