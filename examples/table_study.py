@@ -52,10 +52,10 @@ def main() -> None:
     counts = {"text": counted(text, tokenizer, len(table))}
     for task in FULL:
         data = load_task(task, data_dir=options.data_dir)
-        rows = (row for name in data.task.text for row in data.train[name])
-        counts[task] = counted(rows, tokenizer, len(table))
+        lines = (line for name in data.task.text for line in data.train[name])
+        counts[task] = counted(lines, tokenizer, len(table))
     config = AutoConfig.from_pretrained(options.model)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for factor in options.factors:
         plan = kronbert.plan(config, factor=factor)
         for structure, title in TABLES.items():

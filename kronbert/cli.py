@@ -125,6 +125,12 @@ def compress(
     stage1_words: Annotated[int | None, typer.Option(help="stop reading it after so many")] = None,
     stage1_epochs: Annotated[float | None, typer.Option()] = None,
     stage1_learning_rate: Annotated[float | None, typer.Option()] = None,
+    augment: Annotated[
+        int | None, typer.Option(help="copies per row with words replaced; default: the recipe's")
+    ] = None,
+    unlabelled: Annotated[
+        str | None, typer.Option(help="more text of the task's kind, without labels")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="of stage 2; default: the recipe's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="of stage 2")] = None,
     batch_size: Annotated[int | None, typer.Option(help="rows per step")] = None,
@@ -153,6 +159,8 @@ def compress(
         stage1_words=stage1_words,
         stage1_epochs=stage1_epochs,
         stage1_learning_rate=stage1_learning_rate,
+        augment=augment,
+        unlabelled=unlabelled,
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=batch_size,

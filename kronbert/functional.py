@@ -209,8 +209,8 @@ def _rows(flat: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _add_rows(
     y: Tensor, flat: Tensor, pair: tuple[Tensor, Tensor], start: int, *, entries: int
 ) -> Tensor:
-    """y (n, width) plus the rows ``flat`` (n,) of a group that makes rows from ``start`` on; y may be
-    written over."""
+    """y (n, width), which may be written over, plus the rows ``flat`` (n,) of a group that makes
+    rows from ``start`` on."""
     rows = _entries(pair)
     if rows == entries:
         return y + _rows(flat, *pair)

@@ -23,32 +23,11 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
+from .job_rows import more_rows, open_data
 from .job_settings import CompressSettings
 from .job_start import Start, find_start, put_body, student_from
 
 __all__ = ["CompressSettings", "compress", "open_data", "open_teacher"]
-
-
-def open_data(
-    task: str,
-    *,
-    data_dir: str | None = None,
-    text_columns: tuple[str, ...] | None = None,
-    label_column: str | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> Any:
-    """The `kronbert.distill.data.TaskData` of a GLUE name or a folder of tables."""
-    from .distill.data import load_folder, load_task
-
-    if not text_columns and not label_column:
-        return load_task(task, data_dir=data_dir, limit=limit, seed=seed)
-    if data_dir is not None:
-        raise DataError(
-            "columns are for a folder of tables, --data-dir for GLUE's: give one of them, "
-            "--task FOLDER --text-column NAME --label-column NAME, or --task sst2 --data-dir GLUE."
-        )
-    return load_folder(task, text=text_columns, label=label_column, limit=limit, seed=seed)
 
 
 def compress(settings: CompressSettings, say: Say = print, data: Any = None) -> dict[str, Any]:
@@ -126,6 +105,7 @@ class _Job:
             recipe = kroneckerbert(settings.preset, task=name, mlm=self.masked)
         else:
             recipe = kronbert(task=name, regression=regression, mlm=self.masked)
+        self.augment_to = recipe.augment_to
         self.on_task = _changed(
             recipe.stage("task"),
             epochs=settings.epochs,
@@ -296,16 +276,28 @@ class _Job:
             student = self._saved("stage1")
         else:
             student = convert(teacher, **self.wanted)
+        rows = self._rows_of_stage2(teacher)
         before = self._scores(student, "student before stage 2", "--stage1-learning-rate")
-        history = self._train(student, teacher, self.on_task, self.rows, "task")
+        history = self._train(student, teacher, self.on_task, rows, "task")
         scores = self._scores(student, "student", "--learning-rate")
         self.folder.save_model(student, self.tokenizer, "student")
         return {
             "scores": scores,
             "scores_before": before,
+            "rows": rows.source,
             "history": history,
             "stage": self.on_task.to_dict(),
         }
+
+    def _rows_of_stage2(self, teacher: Any) -> Any:
+        """The task's rows, and those without a label that the recipe or the settings add."""
+        from .distill.data import tokenize
+
+        table = teacher.get_input_embeddings().weight.detach()
+        more = more_rows(self.data, self.settings, self.augment_to, self.tokenizer, table)
+        if more is self.data:
+            return self.rows
+        return tokenize(more, self.tokenizer, self.on_task.max_length)
 
     def _report(self) -> dict[str, Any]:
         from .job_report import write_report

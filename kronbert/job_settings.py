@@ -18,7 +18,10 @@ class CompressSettings:
     name or a folder of tables. factor or preset: as in `kronbert.convert`. None: the value of the
     recipe (factor: `kronbert.distill.recipes.kronbert`; preset: KroneckerBERT's), or, for the
     teacher, 1e-4 below 512 hidden units and 3e-5 from there on.
-    student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it."""
+    student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it.
+    augment: copies of every training row with words replaced, and unlabelled: text of the task's
+    kind (as `kronbert.distill.unlabelled_text` takes it), which stage 2 reads beside the training
+    rows without labels. augment None: the recipe's; 0: none."""
 
     model: str
     task: str
@@ -37,6 +40,8 @@ class CompressSettings:
     batch_size: int | None = None
     max_length: int | None = None
     student: str | None = None
+    augment: int | None = None
+    unlabelled: str | None = None
     teacher_epochs: float = 3
     teacher_learning_rate: float | None = None
     precision: str = "auto"
@@ -56,6 +61,13 @@ class CompressSettings:
             raise PlanError(
                 "compress: student= and stage1_text=: a student has learnt general text already. "
                 "Give one of the two."
+            )
+        if self.augment is not None and self.augment < 0:
+            raise PlanError(f"compress(augment={self.augment}): expected copies, 0 or more.")
+        if self.preset is not None and (self.augment or self.unlabelled):
+            raise PlanError(
+                "compress: augment= and unlabelled= give rows without labels, from which "
+                "KroneckerBERT's recipe, that of preset=, cannot learn. Give factor= instead."
             )
         if self.text_columns is not None:
             object.__setattr__(self, "text_columns", tuple(self.text_columns))

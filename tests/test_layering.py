@@ -131,6 +131,7 @@ TABLE = {
     "job_models": Row("errors", outside_lazily="safetensors torch transformers"),
     "job_report": Row("errors pictures reporting job_folder job_models", outside="rich"),
     "job_settings": Row("errors config"),
+    "job_rows": Row("errors job_settings", lazily="distill.*", outside="torch"),
     "job_start": Row(
         "errors config job_models shipped",
         lazily="checkpoint conversion distill.*",
@@ -138,7 +139,7 @@ TABLE = {
         outside_lazily="transformers",
     ),
     "job": Row(
-        "errors config job_folder job_models job_settings job_start",
+        "errors config job_folder job_models job_rows job_settings job_start",
         lazily="conversion distill.* job_report",
         outside_lazily="transformers",
     ),

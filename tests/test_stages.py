@@ -94,10 +94,7 @@ def test_kroneckerbert_rates(factor, task, rate):
 def test_kronbert_has_no_score_term_and_no_softmax_of_one_number():
     general, task = recipes.get("kronbert").stages
     assert [t.tap for t in general.objective.terms] == ["embedding", "ffn"]
-    assert [(t.tap, t.loss) for t in task.objective.terms[2:]] == [
-        ("logits", "kl"),
-        ("labels", "own"),
-    ]
+    assert [(t.tap, t.loss) for t in task.objective.terms[2:]] == [("logits", "kl")]
     for made in (kronbert(task="STSB"), kronbert(task="my scores", regression=True)):
         assert made.stage("task").objective.terms[2].loss == "mse"
     assert kronbert(mlm=True).stage("general").objective.label_tap == "mlm"

@@ -6,8 +6,12 @@ from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.recipes import Recipe
 from kronbert.distill.stages import Stage
 
-EPOCHS = {"sst2": 3, "qnli": 3, "qqp": 3, "mnli": 3, "cola": 20}
-"""Of stage 2: passes over GLUE's larger training sets, and over CoLA's short sentences; else 10."""
+EPOCHS = {"sst2": 3, "qnli": 3, "qqp": 3, "mnli": 3, "cola": 10}
+"""Of stage 2: passes over GLUE's larger training sets, and over CoLA's short sentences; else 5."""
+
+AUGMENT_TO = 20_000
+"""Rows of stage 2. A student 8 times smaller that learns from MRPC's 3,668 alone knows them by
+heart: its dev loss rises from 0.60 to 1.01 within six epochs."""
 
 REGRESSION = ("stsb",)
 
@@ -38,11 +42,12 @@ def general_stage(*, mlm: bool = False) -> Stage:
 
 
 def task_objective(*, regression: bool = False) -> Objective:
-    """Stage 2: hidden states, the embedding, the teacher's answers and the labels.
+    """Stage 2: hidden states, the embedding and the teacher's answers; no labels, so that rows
+    without them can be read as well.
 
     regression: one logit has no softmax, so its square error is taken instead of a KL."""
     answers = Term(tap="logits", loss="mse" if regression else "kl")
-    return Objective(terms=(Term(tap="embedding"), Term(tap="ffn"), answers, Term(tap="labels")))
+    return Objective(terms=(Term(tap="embedding"), Term(tap="ffn"), answers))
 
 
 def task_stage(task: str | None = None, *, regression: bool | None = None) -> Stage:
@@ -55,7 +60,7 @@ def task_stage(task: str | None = None, *, regression: bool | None = None) -> St
         name="task",
         objective=task_objective(regression=known),
         learning_rate=1e-3,
-        epochs=EPOCHS.get(word, 10),
+        epochs=EPOCHS.get(word, 5),
         batch_size=32,
         max_length=128,
         weight_decay=0.0,
@@ -71,4 +76,5 @@ def kronbert(
         name="kronbert",
         paper="none: this library's",
         stages=(general_stage(mlm=mlm), task_stage(task, regression=regression)),
+        augment_to=AUGMENT_TO,
     )

@@ -1,0 +1,56 @@
+"""The rows of a job: the task's own, and those without a label that stage 2 reads beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .errors import DataError
+from .job_settings import CompressSettings
+
+MOST_COPIES = 20
+"""Of one training row with words replaced, as TinyBERT takes at most 30."""
+
+
+def open_data(
+    task: str,
+    *,
+    data_dir: str | None = None,
+    text_columns: tuple[str, ...] | None = None,
+    label_column: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Any:
+    """The `kronbert.distill.data.TaskData` of a GLUE name or a folder of tables."""
+    from .distill.data import load_folder, load_task
+
+    if not text_columns and not label_column:
+        return load_task(task, data_dir=data_dir, limit=limit, seed=seed)
+    if data_dir is not None:
+        raise DataError(
+            "columns are for a folder of tables, --data-dir for GLUE's: give one of them, "
+            "--task FOLDER --text-column NAME --label-column NAME, or --task sst2 --data-dir GLUE."
+        )
+    return load_folder(task, text=text_columns, label=label_column, limit=limit, seed=seed)
+
+
+def more_rows(
+    data: Any, settings: CompressSettings, augment_to: int, tokenizer: Any, table: Tensor
+) -> Any:
+    """``data`` with the rows without a label that the settings ask for; itself if there are none.
+
+    augment_to: how many rows the recipe wants, unless settings.augment says how many copies. table:
+    the teacher's word embeddings (entries, width), whose neighbours replace words."""
+    from .distill.augmentation import augment
+    from .distill.unlabelled import unlabelled_text, with_unlabelled
+
+    extra = []
+    copies = settings.augment
+    if copies is None:
+        copies = min(MOST_COPIES, -(-augment_to // len(data.train)) - 1)
+    if copies > 0:
+        extra.append(augment(data, tokenizer, table, copies=copies, seed=settings.seed))
+    if settings.unlabelled is not None:
+        extra.append(unlabelled_text(data.task, settings.unlabelled))
+    return with_unlabelled(data, *extra)
