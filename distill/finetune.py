@@ -30,6 +30,7 @@ from kronbert.distill.data import TaskData, compute_metrics
 from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.held_out import HeldOut, held_out_batches
 from kronbert.distill.objectives import Objective, Term
+from kronbert.distill.pieces import Pieces
 from kronbert.distill.stages import Stage
 from kronbert.distill.teacher_cache import with_teacher_logits
 from kronbert.distill.trainer import DistillTrainer
@@ -98,6 +99,14 @@ def run_stage(
     else:
         mlm = stage.objective.label_tap == "mlm"
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=mlm)
+    whole = collator
+    if stage.pieces:
+        if task:
+            raise DistillError(
+                f"Stage({stage.name!r}, pieces={stage.pieces}): task rows have lengths of their "
+                "own; only packed text is cut. Leave pieces out."
+            )
+        collator = Pieces(collator, stage.pieces, tokenizer)
     trainer = _StageTrainer(
         student,
         args,
@@ -112,7 +121,7 @@ def run_stage(
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(_Bar)
     if held_out is not None:
-        batches = held_out_batches(held_out, collator, trainer.args.per_device_eval_batch_size)
+        batches = held_out_batches(held_out, whole, trainer.args.per_device_eval_batch_size)
         trainer.add_callback(HeldOut(trainer, batches, POINTS, say))
     last = last_checkpoint(folder, averaged=stage.ema is not None)
     for path in _checkpoints(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kronbert.distill.objectives import Objective, known_keys
+from kronbert.distill.pieces import check_pieces
 from kronbert.errors import DistillError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Stage:
     stage, and the student it leaves, have the averaged weights. None: no average.
     small_rate, embedding_rate: what the learning rate is multiplied by for the smaller matrix of a
     Kronecker pair, and for embedding tables: see `rates.rate_factors`.
+    pieces: lengths of which each step of general text takes one, to cut its blocks of max_length
+    tokens into; see `pieces.Pieces`. Empty: whole blocks. Task rows have their own lengths.
     cache_teacher: the teacher's logits are computed once for all rows and kept on disk; for
     objectives that need no more of the teacher, on task data. See `teacher_cache`."""
 
@@ -46,6 +49,7 @@ class Stage:
     ema: float | None = None
     small_rate: float = 1.0
     embedding_rate: float = 1.0
+    pieces: tuple[int, ...] = ()
     cache_teacher: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class Stage:
                 f"Stage({self.name!r}, dropout={self.dropout!r}): expected a probability in [0, "
                 "1), or None for the model's own."
             )
+        object.__setattr__(self, "pieces", tuple(self.pieces))
+        check_pieces(f"Stage({self.name!r})", self.pieces, self.max_length)
         check_switches(f"Stage({self.name!r})", self.ema, self.small_rate, self.embedding_rate)
         if self.cache_teacher and self.objective.teacher_taps != {"logits"}:
             needed = ", ".join(sorted(self.objective.teacher_taps)) or "nothing"

@@ -104,7 +104,7 @@ class _Job:
         if settings.preset is not None:
             recipe = kroneckerbert(settings.preset, task=name, mlm=self.masked)
         else:
-            recipe = kronbert(task=name, regression=regression, mlm=self.masked)
+            recipe = kronbert(task=name, regression=regression, mlm=self.masked, max_length=length)
         self.augment_to = recipe.augment_to
         self.on_task = _changed(
             recipe.stage("task"),

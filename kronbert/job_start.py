@@ -148,7 +148,9 @@ def student_from(start: Start, teacher: Any, **wanted: Any) -> Any:
     rules = {
         prefix + layer.size.name.removeprefix(own): Rule(groups=layer.groups)
         for layer in learnt.kronecker_plan.converted
-        if layer.size.name.startswith(own) and not layer.size.tied_to
+        if layer.size.name.startswith(own)
+        and not layer.size.name.startswith(own + POOLER)
+        and not layer.size.tied_to
     }
     body = {
         name: value

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .planning import Plan, PlannedLayer
 
 COLUMNS = ("layer", "n", "weight", "becomes", "parameters", "ratio", "b first", "a first", "error")
-WIDE = ("weight", "b first", "a first")
+LEFT_OUT = ((), ("weight",), ("weight", "b first", "a first"))
+"""What a console too narrow for all columns does without: the first of these that makes it fit."""
 
 
 def rows(plan: Plan) -> list[tuple[str, list[PlannedLayer]]]:
@@ -26,24 +27,32 @@ def rows(plan: Plan) -> list[tuple[str, list[PlannedLayer]]]:
 
 
 class Renderable:
-    """A plan for rich: as many columns as the console has room for."""
+    """A plan for rich: as many columns as the console has room for. At 80 a BERT's rows fit."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        yield renderable(self.plan, left_out=WIDE if options.max_width < 100 else ())
+        endless = options.update(width=1000)
+        for left_out in LEFT_OUT:
+            table = _layers(self.plan, left_out)
+            if console.measure(table, options=endless).maximum <= options.max_width:
+                break
+        yield f"{self.plan.model_type or 'model'}: {self.plan.factor:.2f} times smaller"
+        yield table
+        yield _groups(self.plan)
+        yield _totals(self.plan, left_out)
 
 
-def renderable(plan: Plan, left_out: tuple[str, ...] = ()) -> Any:
-    """The table, and under it the totals per group and of the model; fits 100 columns, or 80
-    with the columns `WIDE` left out."""
+def _new_table() -> Any:
     from rich import box
-    from rich.console import Group
     from rich.table import Table
 
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1)}
-    table = Table(collapse_padding=True, **style)
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+
+
+def _layers(plan: Plan, left_out: tuple[str, ...]) -> Any:
+    table = _new_table()
     shown = [column not in left_out for column in COLUMNS]
     for column in compress(COLUMNS, shown):
         justify: Any = "left" if column in ("layer", "becomes") else "right"
@@ -59,7 +68,11 @@ def renderable(plan: Plan, left_out: tuple[str, ...] = ()) -> Any:
         for pattern, layers in under:
             name = "  " * bool(head) + _split(pattern)[1]
             table.add_row(*compress([name, *_cells(layers)], shown))
-    groups = Table(**style)
+    return table
+
+
+def _groups(plan: Plan) -> Any:
+    groups = _new_table()
     for column in ("group", "layers", "weights", "after", "ratio", "FLOPs / token", "after"):
         justify = "left" if column == "group" else "right"
         groups.add_column(column, justify=justify)
@@ -73,15 +86,21 @@ def renderable(plan: Plan, left_out: tuple[str, ...] = ()) -> Any:
             _short(view["dense_flops"]),
             _short(view["flops"]),
         )
-    title = f"{plan.model_type or 'model'}: {plan.factor:.2f} times smaller"
-    total = (
-        f"{plan.dense_parameters:,} -> {plan.parameters:,} parameters; FLOPs of the linear layers "
-        f"at sequence 128:\n{_short(plan.linear_flops(dense=True))} -> "
+    return groups
+
+
+def _totals(plan: Plan, left_out: tuple[str, ...]) -> str:
+    """The whole model's, and what the columns mean."""
+    said = (
+        f"{plan.dense_parameters:,} -> {plan.parameters:,} parameters.\n"
+        f"FLOPs of the linear layers at sequence 128: {_short(plan.linear_flops(dense=True))} -> "
         f"{_short(plan.linear_flops())}."
     )
     if "a first" not in left_out:
-        total += " Columns a first, b first: FLOPs per token of either order."
-    return Group(title, table, groups, total)
+        said += "\nColumns a first, b first: FLOPs per token of either order."
+    if any(partial(shape, one.size.out) for one in plan.layers for shape in one.groups):
+        said += "\nsvd(rank) first-last: a truncated SVD added to these rows only."
+    return said
 
 
 def render(plan: Plan, width: int = 100) -> str:
@@ -109,7 +128,7 @@ def _cells(layers: list[PlannedLayer]) -> list[str]:
     if size.tied_to:
         becomes = "tied"
     else:
-        becomes = " + ".join(_shape(shape, size.out) for shape in one.groups) or "dense"
+        becomes = "\n+ ".join(_shape(shape, size.out) for shape in one.groups) or "dense"
     errors = [layer.error for layer in layers if layer.error is not None]
     if size.kind in ("embedding", "position"):
         flops = ["lookup", "lookup"]
@@ -130,11 +149,11 @@ def _cells(layers: list[PlannedLayer]) -> list[str]:
 
 
 def _shape(shape: KroneckerShape, rows: int) -> str:
-    """Without the sizes of a truncated SVD: the weight's column has them, but for a block's."""
+    """Without the sizes of a truncated SVD: they are the weight's, or a block's with its rows."""
     if not str(shape).startswith("svd"):
         return str(shape)
     last = shape.start + shape.out_features - 1
-    return f"svd({shape.rank})" + (f" rows {shape.start} to {last}" if partial(shape, rows) else "")
+    return f"svd({shape.rank})" + (f" {shape.start}-{last}" if partial(shape, rows) else "")
 
 
 def _short(count: float) -> str:

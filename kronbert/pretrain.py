@@ -150,12 +150,11 @@ class _Pretraining:
             raise DataError(
                 f"max_length={settings.max_length}: {settings.model} takes {most} tokens at most."
             )
-        stage = general_stage(mlm=self.mlm)
+        stage = general_stage(mlm=self.mlm, max_length=settings.max_length or min(128, most))
         asked: dict[str, Any] = {
             "epochs": settings.epochs,
             "learning_rate": settings.learning_rate,
             "batch_size": settings.batch_size,
-            "max_length": settings.max_length or min(stage.max_length, most),
             "seed": settings.seed,
         }
         return replace(stage, **{key: value for key, value in asked.items() if value is not None})

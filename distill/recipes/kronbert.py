@@ -16,6 +16,10 @@ heart: its dev loss rises from 0.60 to 1.01 within six epochs."""
 REGRESSION = ("stsb",)
 
 
+SHORTEST = 8
+"""Tokens of a piece of general text, at least."""
+
+
 def general_objective(*, mlm: bool = False) -> Objective:
     """Stage 1: hidden states and the embedding, and masked words where the student has the head.
 
@@ -26,18 +30,28 @@ def general_objective(*, mlm: bool = False) -> Objective:
     return Objective(terms=(*terms, Term(tap="mlm")) if mlm else terms)
 
 
-def general_stage(*, mlm: bool = False) -> Stage:
-    """Stage 1 on general text: 32 blocks of 128 tokens a step, no dropout, no weight decay."""
+def general_stage(*, mlm: bool = False, max_length: int = 128) -> Stage:
+    """Stage 1 on general text: 32 blocks of 128 tokens a step, whole or cut in 2, 4 or 8; no
+    dropout, no weight decay.
+
+    A student of whole blocks alone (8 times smaller than MiniLM) is 0.45 off on Wikipedia in whole
+    blocks, but 0.72 on CoLA's and SST-2's sentences (squared error of the hidden states, summed
+    over 6 layers)."""
     return Stage(
         name="general",
         objective=general_objective(mlm=mlm),
         learning_rate=1e-3,
         epochs=1,
         batch_size=32,
-        max_length=128,
+        max_length=max_length,
         warmup_ratio=0.05,
         weight_decay=0.0,
         dropout=0.0,
+        pieces=tuple(
+            max_length // parts
+            for parts in (8, 4, 2, 1)
+            if max_length % parts == 0 and max_length // parts >= SHORTEST
+        ),
     )
 
 
@@ -50,7 +64,9 @@ def task_objective(*, regression: bool = False) -> Objective:
     return Objective(terms=(Term(tap="embedding"), Term(tap="ffn"), answers))
 
 
-def task_stage(task: str | None = None, *, regression: bool | None = None) -> Stage:
+def task_stage(
+    task: str | None = None, *, regression: bool | None = None, max_length: int = 128
+) -> Stage:
     """Stage 2 for a GLUE name, or for any task: rates and passes that the ablations chose.
 
     regression None: what GLUE says of the name."""
@@ -62,19 +78,26 @@ def task_stage(task: str | None = None, *, regression: bool | None = None) -> St
         learning_rate=1e-3,
         epochs=EPOCHS.get(word, 5),
         batch_size=32,
-        max_length=128,
+        max_length=max_length,
         weight_decay=0.0,
         dropout=0.0,
     )
 
 
 def kronbert(
-    *, task: str | None = None, regression: bool | None = None, mlm: bool = False
+    *,
+    task: str | None = None,
+    regression: bool | None = None,
+    mlm: bool = False,
+    max_length: int = 128,
 ) -> Recipe:
     """Both stages, for any factor."""
     return Recipe(
         name="kronbert",
         paper="none: this library's",
-        stages=(general_stage(mlm=mlm), task_stage(task, regression=regression)),
+        stages=(
+            general_stage(mlm=mlm, max_length=max_length),
+            task_stage(task, regression=regression, max_length=max_length),
+        ),
         augment_to=AUGMENT_TO,
     )
