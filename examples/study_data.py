@@ -20,9 +20,11 @@ from kronbert.distill import (
     with_unlabelled,
 )
 from kronbert.distill.data import TaskData
+from kronbert.distill.recipes.kronbert import AUGMENT_TO
 from kronbert.distill.text import read_table
 from kronbert.errors import DataError
 from kronbert.job_models import open_model
+from kronbert.job_rows import copies_for
 
 
 class Rows:
@@ -33,10 +35,12 @@ class Rows:
 
     @lru_cache(maxsize=1)  # noqa: B019 - one study lives as long as its process
     def _tokens(
-        self, task: str, copies: int, sentences: int, transfer: tuple[tuple[str, int], ...]
+        self, task: str, copies: int | None, sentences: int, transfer: tuple[tuple[str, int], ...]
     ) -> TaskData:
         data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
         more = []
+        if copies is None:
+            copies = copies_for(len(data.train), AUGMENT_TO)
         if copies:
             table = open_model(self.options.model).get_input_embeddings().weight.detach()
             more.append(augment(data, self.tokenizer, table, copies=copies))

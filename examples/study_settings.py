@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kronbert.distill import Stage
+from kronbert.distill.recipes.kronbert import task_stage
 from kronbert.errors import DistillError, near
 
 FULL = ("sst2", "mrpc", "rte", "cola", "stsb")
@@ -53,36 +54,11 @@ TEACHERS: dict[str, dict[str, Any]] = {
 }
 """What is different from `TEACHER`."""
 
-STAGE: dict[str, Any] = {
-    "name": "task",
-    "learning_rate": 1e-3,
-    "epochs": 10,
-    "batch_size": 32,
-    "dropout": 0.0,
-    "objective": {
-        "terms": [
-            {"tap": "embedding"},
-            {"tap": "ffn"},
-            {"tap": "logits", "loss": "kl"},
-            {"tap": "labels"},
-        ]
-    },
-}
-"""The last stage of every student: fields of `Stage` as its JSON has them."""
+PASSES: dict[str, float] = {}
+"""Epochs of a task where the study cannot afford the recipe's: one table for all kinds, so that
+peers have the same steps."""
 
-STAGES: dict[str, dict[str, Any]] = {
-    "sst2": {"epochs": 3, "batch_size": 64},
-    "mrpc": {},
-    "rte": {},
-    "cola": {},
-    "stsb": {},
-    "qnli": {"epochs": 3, "batch_size": 64},
-    "qqp": {"epochs": 3, "batch_size": 64},
-    "mnli": {"epochs": 5, "batch_size": 64},
-}
-"""What is different from `STAGE`: one table for all kinds, so that peers have the same steps."""
-
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (5e-4, 1e-3)
 """Learning rates that every kind may choose from, in a short run each."""
 
 SEARCH_SEED = 0
@@ -106,10 +82,11 @@ class Training:
     are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
     init: of the kinds kronbert and kronbert-nostage1, see `kronbert.convert`, on
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. augment: copies
-    per row with words replaced; text_rows: sentences of --text; transfer: other tasks and how many
-    of their training rows; all without labels, for stages that read none. start: a task whose
-    student of the same kind, factor, seed and tag it goes on from. structure: of the kinds kronbert
-    and kronbert-nostage1, a key of `study_structures.STRUCTURES`."""
+    per row with words replaced, None: as many as the recipe wants; text_rows: sentences of --text;
+    transfer: other tasks and how many of their training rows; all without labels, for stages that
+    read none. start: a task whose student of the same kind, factor, seed and tag it goes on from.
+    structure: of the kinds kronbert and kronbert-nostage1, a key of `study_structures.STRUCTURES`.
+    """
 
     stages: tuple[dict[str, Any], ...]
     rates: tuple[float, ...] = RATES
@@ -117,7 +94,7 @@ class Training:
     init: str = "data"
     calibration_rows: int = 4096
     calibration_text: int = 0
-    augment: int = 0
+    augment: int | None = None
     text_rows: int = 0
     transfer: Mapping[str, int] = field(default_factory=dict)
     start: str | None = None
@@ -131,8 +108,10 @@ class Training:
         if not self.stages:
             raise DistillError("stages: expected one or more.")
         stages = self.stages_of("kronbert", seed=0)
-        more = self.augment or self.text_rows or self.transfer
-        if more and all(one.objective.label_tap for one in stages):
+        labelled = all(one.objective.label_tap for one in stages)
+        if self.augment is None and labelled:
+            object.__setattr__(self, "augment", 0)
+        if labelled and (self.augment or self.text_rows or self.transfer):
             raise DistillError(
                 "augment, text_rows, transfer: rows without labels, but every stage learns from "
                 "labels. Drop the term 'labels' from one."
@@ -163,9 +142,18 @@ class Training:
         return found
 
 
+def stage_of(task: str) -> dict[str, Any]:
+    """The last stage of every student: the library's own recipe, as a `Stage`'s JSON has it."""
+    stage = task_stage(task).to_dict()
+    del stage["seed"]
+    if task in PASSES:
+        stage["epochs"] = PASSES[task]
+    return stage
+
+
 def training_of(task: str, changes: Mapping[str, Any]) -> Training:
     """The task's training, with ``changes``: fields of `Training`, or of its last stage."""
-    made = Training(stages=({**STAGE, **STAGES.get(task, {})},))
+    made = Training(stages=(stage_of(task),))
     known = [field.name for field in fields(Training)]
     staged = [field.name for field in fields(Stage) if field.name not in ("name", "seed")]
     for key in changes:

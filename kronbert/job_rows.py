@@ -35,6 +35,11 @@ def open_data(
     return load_folder(task, text=text_columns, label=label_column, limit=limit, seed=seed)
 
 
+def copies_for(rows: int, augment_to: int) -> int:
+    """Changed copies per row that make ``rows`` ``augment_to`` or more, at most `MOST_COPIES`."""
+    return max(0, min(MOST_COPIES, -(-augment_to // rows) - 1))
+
+
 def more_rows(
     data: Any, settings: CompressSettings, augment_to: int, tokenizer: Any, table: Tensor
 ) -> Any:
@@ -48,7 +53,7 @@ def more_rows(
     extra = []
     copies = settings.augment
     if copies is None:
-        copies = min(MOST_COPIES, -(-augment_to // len(data.train)) - 1)
+        copies = copies_for(len(data.train), augment_to)
     if copies > 0:
         extra.append(augment(data, tokenizer, table, copies=copies, seed=settings.seed))
     if settings.unlabelled is not None:

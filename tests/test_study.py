@@ -64,7 +64,7 @@ def glue(tmp_path_factory):
     return root
 
 
-SMALL = {"epochs": 1, "batch_size": 16, "rates": [1e-3], "calibration_rows": 32}
+SMALL = {"epochs": 1, "batch_size": 16, "rates": [1e-3], "calibration_rows": 32, "augment": 0}
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_a_locked_run_is_left_to_its_process(modules, options, counted, capsys, 
 def test_stages_of_a_dense_student_have_no_hidden_terms(modules):
     training = modules.settings.training_of("sst2", {"epochs": 7, "share": 0.5})
     (stage,) = training.stages_of("dense", seed=3)
-    assert stage.objective.taps == {"logits", "labels"}
+    assert stage.objective.taps == {"logits"}
     assert (stage.epochs, stage.seed, training.share) == (7, 3, 0.5)
     (own,) = training.stages_of("svd", seed=3)
     assert own.objective.taps > stage.objective.taps
@@ -282,7 +282,7 @@ def test_stages_of_a_dense_student_have_no_hidden_terms(modules):
         modules.settings.training_of("sst2", {"epoch": 7})
     with pytest.raises(DistillError, match="every stage learns from labels"):
         modules.settings.training_of("sst2", {"augment": 2})
-    hidden = [{**modules.settings.STAGE, "objective": {"terms": [{"tap": "ffn"}]}}]
+    hidden = [{**modules.settings.stage_of("sst2"), "objective": {"terms": [{"tap": "ffn"}]}}]
     with pytest.raises(DistillError, match="kind 'dense' can have"):
         modules.settings.training_of("sst2", {"stages": hidden}).stages_of("dense", seed=3)
 
@@ -291,7 +291,7 @@ def test_several_stages_text_cache_and_copies(modules, options, counted, tmp_pat
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["The soup was good. The room was dull. The film was fine."] * 20))
     options.text = str(text)
-    soft = {**modules.settings.STAGE, "epochs": 1, "batch_size": 16}
+    soft = {**modules.settings.stage_of("sst2"), "epochs": 1, "batch_size": 16}
     hidden = {**soft, "name": "hidden", "objective": {"terms": [{"tap": "ffn"}]}}
     soft["objective"] = {"terms": [{"tap": "logits"}]}
     soft["cache_teacher"] = True
