@@ -280,8 +280,8 @@ def test_stages_of_a_dense_student_have_no_hidden_terms(modules):
     assert own.objective.taps > stage.objective.taps
     with pytest.raises(DistillError, match=r"unknown key 'epoch'.*epochs"):
         modules.settings.training_of("sst2", {"epoch": 7})
+    labels = {"terms": [{"tap": "labels"}]}
     with pytest.raises(DistillError, match="every stage learns from labels"):
-        labels = {"terms": [{"tap": "labels"}]}
         modules.settings.training_of("sst2", {"augment": 2, "objective": labels})
     hidden = [{**modules.settings.stage_of("sst2"), "objective": {"terms": [{"tap": "ffn"}]}}]
     with pytest.raises(DistillError, match="kind 'dense' can have"):
