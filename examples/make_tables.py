@@ -20,70 +20,52 @@ import study_tables as study  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "results"
-TITLES = {
-    "teacher": "MiniLM-L6 (teacher)",
-    "majority": "always the commonest class",
-    "kronecker": "**kronbert**",
-    "svd": "truncated SVD",
-    "dense": "dense, 2 layers",
-}
 
 
-def compare() -> str:
-    """Students of one size, from compare.json: score, retention, parameters, latency ratio."""
-    content = json.loads((RESULTS / "compare.json").read_text())
+def compress() -> str:
+    """Runs of `kronbert compress`, from compress.json: scores, sizes, latency, wall time."""
+    content = json.loads((RESULTS / "compress.json").read_text())
     lines = [
-        "| task | student | parameters | smaller | score | kept | latency, batch 1 / 8 |",
-        "|---|---|---|---|---|---|---|",
+        "| task | smaller | parameters | teacher | student | kept | latency, batch 1 / 8 | "
+        "stage 2 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for task in dict.fromkeys(row["task"] for row in content["rows"]):
-        rows = [row for row in content["rows"] if row["task"] == task]
-        teacher = rows[0]
-        for row in rows:
-            lines.append("| " + " | ".join(cells(row, teacher)) + " |")
+    for run in content["runs"]:
+        measured = run["measured"]
+        ratios = " / ".join(f"{one['ratio']:.1f}x" for one in measured["latency"])
+        shown = [
+            ", ".join(
+                f"{name} {100 * value:.1f}" for name, value in next(iter(of.values())).items()
+            )
+            for of in (run["scores"]["teacher"], run["scores"]["student"])
+        ]
+        cells = [
+            run["settings"]["task"],
+            f"{measured['factor']:.1f}x",
+            f"{measured['student']['parameters'] / 1e6:.2f} M",
+            *shown,
+            f"{100 * run['retention']:.1f} %",
+            ratios,
+            f"{run['seconds']['task'] / 60:.1f} min",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds = ", ".join(sorted({str(run["settings"]["seed"]) for run in content["runs"]}))
     versions = content["versions"]
-    lines += [
-        "",
-        f"Dev-set scores of the last step, seed {content['seed']}; latency: times as fast as the "
-        f"teacher in float32 at sequence 128, {content['machine']}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; "
-        f"[examples/results/compare.json](examples/results/compare.json), made with "
-        f"`{content['command']}`, students trained at {', '.join(trained_at(content))}, timed at "
-        f"{content['commit'][:8]}.",
-        "",
-        *(f"- {note}" for note in content.get("notes", ())),
-    ]
-    return "\n".join(lines)
+    said = (
+        f"Dev-set scores of the last step, seed {seeds}, from a fine-tuned teacher and a student "
+        f"of stage 1; models in float32 as saved, at sequence 128; {content['machine']}; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; commit "
+        f"{content['commit'][:8]}; `{content['command']}`, "
+        "[examples/results/compress.json](examples/results/compress.json)."
+    )
+    return "\n".join([*lines, "", said])
 
 
-def trained_at(content: dict[str, Any]) -> list[str]:
-    """The commits that trained the students, in the order of their rows."""
-    rows = [row for row in content["rows"] if row["student"] not in ("teacher", "majority")]
-    return list(dict.fromkeys(row["commit"][:8] for row in rows))
-
-
-def cells(row: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
-    def main_score(of: dict[str, Any]) -> float:
-        return next(iter(next(iter(of["scores"].values())).values()))
-
-    shown = [
-        f"{name} {100 * value:.1f}"
-        for values in row["scores"].values()
-        for name, value in values.items()
-    ]
-    kept = f"{100 * main_score(row) / main_score(teacher):.1f} %"
-    if row["student"] == "majority":
-        return [row["task"], TITLES["majority"], "", "", ", ".join(shown), kept, ""]
-    ratio = " / ".join(f"{one['ratio']:.1f}x" for one in row.get("latency", [])) or "1.0x"
-    return [
-        row["task"],
-        TITLES[row["student"]],
-        f"{row['parameters'] / 1e6:.2f} M",
-        f"{teacher['parameters'] / row['parameters']:.1f}x",
-        ", ".join(shown),
-        kept,
-        ratio,
-    ]
+def scores_of(sets: dict[str, dict[str, float]]) -> str:
+    """Metrics of the first dev set."""
+    return ", ".join(
+        f"{name} {100 * value:.1f}" for name, value in next(iter(sets.values())).items()
+    )
 
 
 def rewritten(text: str) -> str:
@@ -99,7 +81,7 @@ def of_study(table: Callable[[Any], str]) -> Callable[[], str]:
 
 
 TABLES = {
-    "compare": compare,
+    "compress": compress,
     "study": of_study(study.full_tasks),
     "study_subsets": of_study(study.subsets),
     "study_outside": of_study(study.outside),

@@ -1,0 +1,49 @@
+"""Gathers reports of `kronbert compress` into one JSON for the README's table.
+
+python examples/compress_results.py out/report.json [more ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from study_provenance import provenance  # type: ignore[import-not-found]
+
+from kronbert.job_folder import write_whole
+from kronbert.job_models import model_name
+
+FOLDERS = ("model", "data_dir", "output", "student", "unlabelled", "stage1_text")
+"""Settings that may name a folder of this machine: their last part is kept."""
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("reports", nargs="+", type=Path)
+    made.add_argument("--results", default="examples/results/compress.json")
+    made.add_argument("--commit", default="unknown", help="recorded outside of a git checkout")
+    options = made.parse_args()
+    rows = [row_of(json.loads(path.read_text())) for path in options.reports]
+    content = {"command": "kronbert compress", **provenance(options.commit), "runs": rows}
+    write_whole(Path(options.results), json.dumps(content, indent=1) + "\n")
+
+
+def row_of(report: dict[str, Any]) -> dict[str, Any]:
+    """One run: what was asked, the scores, sizes, latencies and seconds of every step."""
+    given = {key: value for key, value in report["settings"].items() if value is not None}
+    settings = {k: Path(v).name if k in FOLDERS else v for k, v in given.items()}
+    settings["model"] = model_name(report["settings"]["model"])
+    kept = ("scores", "metric", "retention", "seconds", "data", "stages", "measured")
+    start = report["start"]
+    return {
+        "settings": settings,
+        "start": None if start is None else {**start, "name": Path(start["name"]).name},
+        **{key: report[key] for key in kept},
+        "history": report["history"]["task"],
+    }
+
+
+if __name__ == "__main__":
+    main()
