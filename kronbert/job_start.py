@@ -137,8 +137,10 @@ def compare_teacher(
 def student_from(start: Start, teacher: Any, **wanted: Any) -> Any:
     """The teacher's converted twin with the body of the student that ``start`` names.
 
-    Embeddings and layers have that student's shapes and weights. The rest, pooler and head, is the
-    teacher's: copied, or converted as a plan with ``wanted`` (factor or preset) says."""
+    Embeddings and layers have that student's shapes and weights. The rest, pooler and head, has the
+    teacher's weights: copied, or converted, to that student's shapes where it has the layer (so
+    that the sizes add up to what was asked for) and else as a plan with ``wanted`` (factor or
+    preset) says."""
     from .checkpoint import load
     from .conversion import convert, plan
 
@@ -148,9 +150,7 @@ def student_from(start: Start, teacher: Any, **wanted: Any) -> Any:
     rules = {
         prefix + layer.size.name.removeprefix(own): Rule(groups=layer.groups)
         for layer in learnt.kronecker_plan.converted
-        if layer.size.name.startswith(own)
-        and not layer.size.name.startswith(own + POOLER)
-        and not layer.size.tied_to
+        if layer.size.name.startswith(own) and not layer.size.tied_to
     }
     body = {
         name: value

@@ -204,15 +204,28 @@ def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, bo
     }
 
 
+def products(plan: kronbert.Plan) -> kronbert.Plan:
+    """``plan`` with a sum of Kronecker products in every layer that it converts."""
+    shapes = {}
+    for layer in plan.converted:
+        size, b = layer.size, "8x4" if layer.size.kind == "linear" else "1x4"
+        if not size.tied_to:
+            shapes[size.name] = f"2:{size.out // int(b[0])}x{size.inner // 4}*{b}"
+    return plan.edit(shapes)
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "products"])
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_architecture(case, tmp_path):
+def test_architecture(case, planned, tmp_path):
     teacher = build(case)
     inputs = batch(case)
     before, settings = digest(teacher), teacher.config.to_dict()
-    student = kronbert.convert(teacher, factor=case.factor)
+    plan = kronbert.plan(teacher, factor=case.factor)
+    assert case.factor <= plan.factor <= 1.06 * case.factor
+    student = kronbert.convert(teacher, plan=plan if planned else products(plan))
 
     plan = student.kronecker_plan
-    assert case.factor <= plan.factor <= 1.06 * case.factor
+    assert {shape.low_rank for x in plan.converted for shape in x.groups} == {planned}
     assert sum(p.numel() for p in student.parameters()) == plan.parameters
     assert digest(teacher) == before
     assert teacher.config.to_dict() == settings

@@ -38,10 +38,13 @@ SMALL = {
 WORD = "bert.embeddings.word_embeddings"
 QUERY = "bert.encoder.layer.0.attention.self.query"
 IDS = torch.arange(22).view(2, 11)
+KRONECKER = {"re:.*(query|key)": "6:2x24*24x2", "re:.*intermediate.dense": ["12x6*8x8", "6x8*16x6"]}
 
 
 def student_of(model_class, factor=4, **more):
-    return kronbert.convert(model_class(BertConfig(**SMALL, **more)).eval(), factor)
+    """Kronecker products beside the planner's truncated SVDs."""
+    teacher = model_class(BertConfig(**SMALL, **more)).eval()
+    return kronbert.convert(teacher, factor, rules=KRONECKER)
 
 
 @pytest.fixture(scope="module")

@@ -103,12 +103,28 @@ def test_plan_needs_no_weights(teacher, tmp_path):
 
 def test_plan_is_readable_at_80_columns(minilm_path, monkeypatch):
     monkeypatch.setattr(cli.out, "_width", 80)
-    lines = run("plan", minilm_path, "--factor", 8).splitlines()
+    lines = run(
+        "plan", minilm_path, "--factor", 8, "--rule", "re:.*self.key=4:16x16*24x24",
+        "--rule", "re:.*self.value=2:24x24*16x16+3:384x1*1x384",
+    ).splitlines()  # fmt: skip
     assert max(map(len, lines)) <= 80
-    rows = [line for line in lines if re.search(r"\d⊗\d", line)]
-    assert len(rows) >= 7  # every converted matrix has its shapes whole, on one line
-    for name in ("self.query", "self.key", "self.value", "intermediate.dense", "pooler.dense"):
-        assert any(name in line for line in lines), f"{name} is folded"
+    # Every converted matrix has its shapes whole, the first on the line of its name.
+    for name, shape in {
+        "word_embeddings": r"svd\(\d+\)",
+        "position_embeddings": r"svd\(\d+\)",
+        "self.query": r"svd\(\d+\)",
+        "self.key": "4·16x16⊗24x24",
+        "self.value": "2·24x24⊗16x16",
+        "intermediate.dense": r"svd\(\d+\)",
+        "pooler.dense": r"svd\(\d+\)",
+    }.items():
+        row = rf"{name} +\d+  {shape}  +[\d,]+ +\d+\.\d( |$)"
+        assert any(re.search(row, line) for line in lines), f"{name} is folded"
+    shapes = [line.strip() for line in lines if line.strip().startswith("+")]
+    assert "+ svd(3)" in shapes  # of the values
+    blocks = [shape for shape in shapes if re.fullmatch(r"\+ svd\(\d+\) \d+-\d+", shape)]
+    assert len(blocks) == len(shapes) - 1 == 3
+    assert any("rows only" in line for line in lines)
 
 
 def test_plan_with_weights_prints_errors(teacher):

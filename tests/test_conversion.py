@@ -242,7 +242,8 @@ def test_torch_transformer_encoder(nested):
     """In eval mode torch reads ``linear1.weight`` past the module; the results must agree."""
     layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True, dropout=0.0)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
-    student = kronbert.convert(model, rules={r"re:.*linear\d": {"factor": 3}})
+    rules = {"re:.*linear1": "4:3x24*16x1", "re:.*linear2": {"factor": 3}}
+    student = kronbert.convert(model, rules=rules)
     assert type(student.layers[0].self_attn.out_proj) is type(layer.self_attn.out_proj)
     x = torch.randn(2, 7, 24)
     mask = torch.zeros(2, 7, dtype=torch.bool)

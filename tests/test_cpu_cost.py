@@ -18,6 +18,7 @@ from kronbert.forms import DENSE, GATHERED, LOW_RANK, forms_of
 from kronbert.inventory import inventory
 from kronbert.planning import make_plan
 from kronbert.presets import PRESETS
+from kronbert.search import predicted_loss, shapes_of
 from kronbert.shapes import KroneckerShape, low_rank
 
 SPECS = ["5x4*2x7", "3:5x4*2x7", "4:2x3*11x6", "2:16x9*3x2", "6x5*1x4", "2:3x1*4x5"]
@@ -378,7 +379,8 @@ def test_shipped_tables_are_whole():
 
 @pytest.fixture(scope="module")
 def planned():
-    """The groups of every linear layer in the papers' presets, and in plans by factor."""
+    """The groups of every linear layer in the papers' presets, and in plans by factor with the
+    best Kronecker products of the same sizes."""
     found = set()
     for small in PRESETS.values():
         sizes = [
@@ -392,8 +394,19 @@ def planned():
     for sizes in (inventory(bert), inventory(minilm)):
         for factor in (2, 3, 4, 5, 6, 8, 10, 12, 15, 19, 21, 25, 30):
             plan = make_plan(sizes, KroneckerConfig(factor=factor))
-            found |= {x.groups for x in plan.converted if x.size.kind == "linear"}
+            layers = {(x.size.out, x.size.inner): x for x in plan.converted}
+            for (out, inner), layer in layers.items():
+                if layer.size.kind == "linear":
+                    found |= {layer.groups, best_product(out, inner, layer.weights)}
+    assert {shape.low_rank for groups in found for shape in groups} == {True, False}
     return found
+
+
+def best_product(out, inner, weights):
+    """Of the Kronecker shapes in ``weights`` numbers, the one with the least predicted loss."""
+    small = [shape for shape in shapes_of(out, inner) if shape.parameters <= weights]
+    dense = out * inner
+    return (min(small, key=lambda shape: predicted_loss(shape, dense, table=False)),)
 
 
 @pytest.mark.parametrize("dtype", cpu_cost.DTYPES)

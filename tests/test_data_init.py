@@ -33,7 +33,11 @@ SMALL = {
     "initializer_range": 0.3,
 }
 LOW_RANK = {"re:.*(query|key|value|dense)": {"rank": 6}, "re:.*word_embeddings": {"rank": 8}}
-KRONECKER = {"re:.*(query|key|value|output.dense)": {"factor": 5}, "re:.*inter.*dense": "24x2*4x24"}
+KRONECKER = {
+    "re:.*(query|key|value|attention.output.dense)": "4:2x16*24x3",
+    r"re:.*\d.output.dense": "6:2x48*24x2",
+    "re:.*inter.*dense": "24x2*4x24",
+}
 
 
 def classifier():

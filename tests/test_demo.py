@@ -35,6 +35,9 @@ def test_demo_on_generated_sentences(minilm_path, no_hub, tmp_path):
     assert content["data"].startswith("synthetic: 128 generated sentences")
     assert content["measured"]["teacher"]["parameters"] > 22e6
     assert 8 <= content["measured"]["factor"] <= 8.3
+    # A run of minutes: stage 2 reads the sentences alone.
+    state = json.loads((output / "state.json").read_text())
+    assert state["steps"]["task"]["rows"] == content["data"]
     text = (output / "report.md").read_text()
     assert "> The data is synthetic" in text
     assert str(minilm_path) not in text

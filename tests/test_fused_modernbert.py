@@ -34,7 +34,9 @@ CONFIG: dict[str, Any] = {
 }
 RULES = {
     "re:.*tok_embeddings": {"factor": 2},
-    r"re:.*\.(Wqkv|Wi|Wo)": {"factor": 2},
+    r"re:.*\.(Wqkv|Wi)": "4:8x24*9x1",
+    r"re:.*attn\.Wo": "4:2x12*12x2",
+    r"re:.*mlp\.Wo": "6:1x18*24x2",
 }
 TOKENS = torch.tensor([[17], [9]])
 MASK = (torch.arange(17) < TOKENS).long()
@@ -188,7 +190,7 @@ def test_attention_gets_every_keyword(calls):
 
 def test_one_half_converted(calls):
     """A dense Wo beside a Kronecker Wi: the ordinary feed-forward half."""
-    model = kronbert.convert(a_model(converted=False), rules={r"re:.*\.Wi": {"factor": 2}})
+    model = kronbert.convert(a_model(converted=False), rules={r"re:.*\.Wi": "4:8x24*9x1"})
     ours = fuse(copy.deepcopy(model))
     assert_same(gradients(ours), gradients(model))
     assert calls == Counter(add_norm=4)

@@ -43,14 +43,27 @@ DENSE = EMBEDDINGS + Counter({"residual_norm": 4})
 # ModernBERT's layers norm before their halves.
 PRE_NORM = EMBEDDINGS + Counter({"add_norm": 2})
 PRE_NORM_CONVERTED = PRE_NORM + Counter({"gated_ffn": 2})
+TABLE = "re:.*(word|tok)_embeddings"
 RULES = {
-    "re:.*(word|tok)_embeddings": {"factor": 2},
-    "re:.*(query|key|value|[qkv]_lin|Wqkv)": {"factor": 2},
-    r"re:.*(output\.dense|intermediate\.dense|out_lin|lin1|lin2|Wi|Wo)": {"factor": 2},
+    TABLE: {"factor": 2},
+    r"re:.*(query|key|value|attention\.output\.dense|[qkv]_lin|out_lin)": "4:2x12*12x2",
+    r"re:.*(intermediate\.dense|lin1)": "8:2x24*24x1",
+    r"re:.*(\d\.output\.dense|lin2)": "8:1x24*24x2",
+}
+MODERNBERT_RULES = {
+    TABLE: {"factor": 2},
+    "re:.*Wqkv": "4:8x24*9x1",
+    r"re:.*attn\.Wo": "4:2x12*12x2",
+    "re:.*Wi": "12:2x24*48x1",
+    r"re:.*mlp\.Wo": "8:1x24*24x2",
 }
 IDS = torch.tensor([[5, 9, 90, 3, 17, 4, 6], [8, 7, 33, 2, 0, 0, 0]])
 MASK = (torch.arange(7) < torch.tensor([[7], [4]])).long()
 INPUTS = {"input_ids": IDS, "attention_mask": MASK}
+
+
+def rules_of(name: str) -> dict[str, Any]:
+    return MODERNBERT_RULES if name == "modernbert" else RULES
 
 
 def a_model(
@@ -59,9 +72,11 @@ def a_model(
     converted: bool = True,
     head: str = "TokenClassification",
     dropout: float = 0.0,
+    planned: bool = False,
     **changes: Any,
 ) -> Any:
-    """A model in training mode, whose weights are not the initialisation's near-zeros."""
+    """A model in training mode, whose weights are not the initialisation's near-zeros. planned:
+    with shapes that the planner takes by itself, truncated SVDs."""
     config = CONFIGS[name].__class__.from_dict(CONFIGS[name].to_dict() | changes)
     model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
     with torch.no_grad():
@@ -71,7 +86,10 @@ def a_model(
         if isinstance(module, nn.Dropout):
             module.p = dropout
     if converted:
-        model = kronbert.convert(model, rules=RULES)
+        rules = rules_of(name)
+        if planned:
+            rules = {pattern: {"factor": 2} for pattern in rules}
+        model = kronbert.convert(model, rules=rules)
     return model.train()
 
 
@@ -164,6 +182,19 @@ def test_hidden_states_and_attentions(name, converted, calls):
         assert calls["gated_ffn"] == (4 if converted else 0)
     elif converted:
         assert calls["ffn_norm"] == calls["qkv"] == 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_planners_own_shapes(name, calls):
+    ours, plain = twins(name, planned=True)
+    linear = [x for x in plain.kronecker_plan.converted if x.size.kind == "linear"]
+    assert all(shape.low_rank for layer in linear for shape in layer.groups)
+    assert len(linear) >= 8
+    found, wanted = gradients(ours), gradients(plain)
+    assert set(found) == set(wanted)
+    assert_same(found, wanted)
+    assert calls == (PRE_NORM_CONVERTED if name == "modernbert" else CONVERTED)
+    assert_same(scores(ours.eval()), scores(plain.eval()))
 
 
 def watch(module: nn.Module, how: str, seen: Counter[str], name: str) -> Callable[[], Any]:
@@ -286,7 +317,7 @@ def test_tables_with_blocks_of_rows(name, calls):
     width = 12 if name == "electra" else 24
     spec = f"2:130x1*1x{width} + 3:9x1*1x{width} + 1:20x1*1x{width}@5 + 2:64x2*1x{width // 2}@66"
     dense = a_model(name, converted=False)
-    plain = kronbert.convert(dense, rules=RULES | {"re:.*(word|tok)_embeddings": spec})
+    plain = kronbert.convert(dense, rules=rules_of(name) | {TABLE: spec})
     tables = [m for m in plain.modules() if isinstance(m, kronbert.KroneckerEmbedding)]
     assert [table.starts for table in tables] == [(0, 0, 5, 66)]
     ours = fuse(copy.deepcopy(plain))

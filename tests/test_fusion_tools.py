@@ -35,8 +35,9 @@ CONFIGS: dict[str, Any] = {
 }
 RULES = {
     "re:.*word_embeddings": {"factor": 2},
-    "re:.*(query|key|value|[qkv]_lin)": {"factor": 2},
-    r"re:.*(output\.dense|intermediate\.dense|out_lin|lin1|lin2)": {"factor": 2},
+    r"re:.*(query|key|value|attention\.output\.dense|[qkv]_lin|out_lin)": "4:2x12*12x2",
+    r"re:.*(intermediate\.dense|lin1)": "8:2x24*24x1",
+    r"re:.*(\d\.output\.dense|lin2)": "8:1x24*24x2",
 }
 IDS = torch.tensor([[5, 9, 90, 3, 17, 4, 6], [8, 7, 33, 2, 0, 0, 0]])
 MASK = (torch.arange(7) < torch.tensor([[7], [4]])).long()

@@ -38,7 +38,7 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("student")
     teacher = BertForSequenceClassification(BertConfig(**SMALL, hidden_dropout_prob=0.0)).eval()
-    student = kronbert.convert(teacher, 4)
+    student = kronbert.convert(teacher, 4, rules={"re:.*(query|key)": "6:2x24*24x2"})
     student.save_pretrained(folder)
     return student, folder
 

@@ -1,14 +1,19 @@
 """The printed plan: fits its width, and holds the totals."""
 
+import re
+
 import pytest
 from transformers import BertConfig
 
 from kronbert.config import KroneckerConfig
 from kronbert.inventory import inventory
-from kronbert.plan_table import render, rows
+from kronbert.plan_table import COLUMNS, LEFT_OUT, render, rows
 from kronbert.planning import make_plan
 
 WORD = "embeddings.word_embeddings"
+NAMES = ("word_embeddings", "position_embeddings", "token_type_embeddings", "attention.self.query",
+         "attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense",
+         "pooler.dense")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +49,52 @@ def test_a_row_has_the_sizes_and_both_orders(plan):
     assert text.count("  output.dense") == 2
 
 
+BLOCKS = "3:30522x1*1x768 + 2:999x1*1x768 + 5:100x1*1x768@30422 + 7x3*1x256@9"
+
+
 def test_blocks_say_which_rows_they_make(plan):
-    shapes = "3:30522x1*1x768 + 2:999x1*1x768 + 5:100x1*1x768@30422 + 7x3*1x256@9"
-    text = render(plan.edit({WORD: shapes}))
-    for part in ("svd(3) + svd(2)", "rows 0 to 998 +", "svd(5) rows 30422", "to 30521 +", "56@9"):
-        assert part in text
+    text = render(plan.edit({WORD: BLOCKS}))
+    lines = [line.strip() for line in text.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("word_embeddings"))
+    assert lines[start].split()[2] == "svd(3)"  # the weight's column is left out
+    blocks = ["+ svd(2) 0-998", "+ svd(5) 30422-30521", "+ 7x3⊗1x256@9"]
+    assert lines[start + 1 : start + 4] == blocks
+    said = "svd(rank) first-last: a truncated SVD added to these rows only."
+    assert lines[-1] == said
+    assert said not in str(plan)
+
+
+def shown(text):
+    """The columns of the table, and whether every name stands whole before its count."""
+    head = next(line for line in text.splitlines() if " becomes" in line)
+    columns = re.split("  +", head.strip())
+    whole = all(re.search(rf"^ +{name} +\d+ ", text, re.MULTILINE) for name in NAMES)
+    return columns, whole
+
+
+def test_a_narrow_console_does_without_columns_not_names(plan):
+    plan = plan.edit({WORD: BLOCKS})
+    left_out = []
+    for width in (110, 100, 80):
+        columns, whole = shown(render(plan, width))
+        assert whole, width
+        left_out.append(tuple(name for name in COLUMNS if name not in columns))
+    assert tuple(left_out) == LEFT_OUT
+
+
+@pytest.mark.parametrize("factor", [4, 8, 19])
+@pytest.mark.parametrize("width", [80, 100])
+def test_plans_by_factor_fit(factor, width):
+    plan = make_plan(inventory(BertConfig()), KroneckerConfig(factor=factor))
+    text = render(plan, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert shown(text)[1]
+    table = next(layer for layer in plan.layers if layer.size.name == WORD)
+    assert len(table.groups) == 4
+    for shape in table.groups[1:]:
+        last = shape.start + shape.a_out - 1
+        assert re.search(rf"^ +\+ svd\({shape.rank}\) {shape.start}-{last}$", text, re.MULTILINE)
+    assert f"-> {plan.parameters:,} parameters.\n" in text
 
 
 def test_groups_have_totals(plan):

@@ -183,7 +183,7 @@ def test_measuring_changes_no_weight(finished, texts, tmp_path):
 
 def test_masked_lm_head_is_trained_and_half_loads_as_float32(masked, texts, tmp_path):
     output = tmp_path / "out"
-    settings = settings_for(masked, texts, output, half=True, factor=2.5, valid_blocks=5)
+    settings = settings_for(masked, texts, output, half=True, factor=2.5, valid_blocks=5, epochs=6)
     content = pretrain_student(settings, lambda _: None)
     start, end = content["held_out"]["start"], content["held_out"]["end"]
     assert end["loss_mlm"] < 0.9 * start["loss_mlm"]

@@ -51,7 +51,8 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    return kronbert.convert(teacher, factor=4)
+    rules = {"re:.*(query|key)": "6:2x24*24x2", "re:.*intermediate.dense": "4:3x24*32x2"}
+    return kronbert.convert(teacher, factor=4, rules=rules)
 
 
 @pytest.fixture(scope="module")
