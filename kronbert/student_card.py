@@ -117,10 +117,11 @@ def student_card(report: Mapping[str, Any]) -> str:
     ]
     if report["held_out"]:
         start, end = report["held_out"]["start"], report["held_out"]["end"]
+        before = "converted only" if settings["student"] is None else "before this run"
         lines += [
             f"## Losses on held-out text ({settings['valid']})",
             "",
-            "| term | converted only | distilled |",
+            f"| term | {before} | distilled |",
             "|---|---|---|",
             *(
                 f"| {key.removeprefix('loss_')} | {start[key]:.4g} | {end[key]:.4g} |"
