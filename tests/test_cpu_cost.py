@@ -403,10 +403,11 @@ def planned():
 
 
 def best_product(out, inner, weights):
-    """Of the Kronecker shapes in ``weights`` numbers, the one with the least predicted loss."""
-    small = [shape for shape in shapes_of(out, inner) if shape.parameters <= weights]
-    dense = out * inner
-    return (min(small, key=lambda shape: predicted_loss(shape, dense, table=False)),)
+    """Of the Kronecker shapes in ``weights`` numbers, the one with the least predicted loss; the
+    smallest where none is in."""
+    shapes = sorted(shapes_of(out, inner), key=lambda shape: shape.parameters)
+    small = [shape for shape in shapes if shape.parameters <= weights] or shapes[:1]
+    return (min(small, key=lambda shape: predicted_loss(shape, out * inner, table=False)),)
 
 
 @pytest.mark.parametrize("dtype", cpu_cost.DTYPES)
