@@ -23,7 +23,7 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
-from .job_rows import more_rows, open_data
+from .job_rows import check_more_rows, more_rows, open_data
 from .job_settings import CompressSettings
 from .job_start import Start, find_start, put_body, student_from
 
@@ -76,6 +76,8 @@ class _Job:
         self.dense: Any = None
         if not folder.done("teacher"):
             self.dense = self._open_dense()
+            table = self.dense[0].get_input_embeddings().weight.detach()
+            check_more_rows(self.data, settings, self.augment_to, self.tokenizer, table)
         self.rows = tokenize(self.data, self.tokenizer, self.on_task.max_length)
         if settings.stage1_text and not folder.done("stage1"):
             _ = self.blocks

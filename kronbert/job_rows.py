@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from .errors import DataError
 from .job_settings import CompressSettings
+
+SAMPLE = 64
+"""Training rows that are changed once to see whether they can be."""
 
 MOST_COPIES = 20
 """Of one training row with words replaced, as TinyBERT takes at most 30."""
@@ -40,13 +44,37 @@ def copies_for(rows: int, augment_to: int) -> int:
     return max(0, min(MOST_COPIES, -(-augment_to // rows) - 1))
 
 
-def more_rows(
+def check_more_rows(
     data: Any, settings: CompressSettings, augment_to: int, tokenizer: Any, table: Tensor
+) -> None:
+    """Raise `DataError`, before anything is trained, if `more_rows` could not make its rows."""
+    copies = settings.augment
+    if copies is None:
+        copies = copies_for(len(data.train), augment_to)
+    head = data.train.select(range(min(SAMPLE, len(data.train))))
+    once = replace(settings, augment=min(copies, 1))
+    try:
+        more_rows(replace(data, train=head), once, 0, tokenizer, table, text_rows=1)
+    except DataError as error:
+        if settings.augment is not None or not copies:
+            raise
+        raise DataError(f"{error} Or leave the rows as they are: --augment 0.") from error
+
+
+def more_rows(
+    data: Any,
+    settings: CompressSettings,
+    augment_to: int,
+    tokenizer: Any,
+    table: Tensor,
+    *,
+    text_rows: int | None = None,
 ) -> Any:
     """``data`` with the rows without a label that the settings ask for; itself if there are none.
 
     augment_to: how many rows the recipe wants, unless settings.augment says how many copies. table:
-    the teacher's word embeddings (entries, width), whose neighbours replace words."""
+    the teacher's word embeddings (entries, width), whose neighbours replace words. text_rows: of
+    settings.unlabelled, at most."""
     from .distill.augmentation import augment
     from .distill.unlabelled import unlabelled_text, with_unlabelled
 
@@ -57,5 +85,5 @@ def more_rows(
     if copies > 0:
         extra.append(augment(data, tokenizer, table, copies=copies, seed=settings.seed))
     if settings.unlabelled is not None:
-        extra.append(unlabelled_text(data.task, settings.unlabelled))
+        extra.append(unlabelled_text(data.task, settings.unlabelled, limit=text_rows))
     return with_unlabelled(data, *extra)

@@ -458,6 +458,19 @@ def test_stages_that_cannot_be(refuse, tmp_path):
     refuse(DataError, "do not fill one block", stage1_text=str(text))
 
 
+def test_rows_without_a_label_that_cannot_be(refuse, tiny_task, tmp_path):
+    refuse(DataError, "no such file", unlabelled=str(tmp_path / "none.txt"))
+    (tmp_path / "short.txt").write_text("film\n")
+    refuse(DataError, "no sentence in it", unlabelled=str(tmp_path / "short.txt"))
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    for name in ("train", "dev"):
+        rows = [f"{i} {i + 1}\t{('good', 'bad')[i % 2]}" for i in range(20)]
+        (numbers / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    match = "no word of the training rows can be replaced.* --augment 0"
+    refuse(DataError, match, task=str(numbers), augment=None)
+
+
 def test_architecture_without_taps(refuse, tiny_bert, tmp_path):
     from transformers import FNetConfig, FNetModel
 

@@ -1,4 +1,4 @@
-"""This library's own recipe: what its ablations left of the papers' (examples/results)."""
+"""This library's own recipe. Stage 2's rate and passes are first guesses, not yet searched."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def task_objective(*, regression: bool = False) -> Objective:
 def task_stage(
     task: str | None = None, *, regression: bool | None = None, max_length: int = 128
 ) -> Stage:
-    """Stage 2 for a GLUE name, or for any task: rates and passes that the ablations chose.
+    """Stage 2 for a GLUE name, or for any task.
 
     regression None: what GLUE says of the name."""
     word = task.lower() if task else ""
