@@ -286,7 +286,7 @@ def kill_in(step, settings, folder):
         )  # fmt: skip
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and run.poll() is None:
-            if list((folder / f"{step}-run").glob("checkpoint-*/trainer_state.json")):
+            if any(map(_whole, (folder / f"{step}-run").glob("checkpoint-*"))):
                 run.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.002)
@@ -302,7 +302,7 @@ def test_killed_run_resumes_to_the_same_student(finished, tmp_path, step, broken
     kill_in(step, settings, folder)
     if broken:
         # What a kill in the middle of writing the next checkpoint leaves.
-        first = sorted((folder / f"{step}-run").glob("checkpoint-*"), key=_number)[-1]
+        first = max(filter(_whole, (folder / f"{step}-run").glob("checkpoint-*")), key=_number)
         newest = shutil.copytree(first, first.with_name(f"checkpoint-{_number(first) + 3}"))
         model = newest / "model.safetensors"
         model.write_bytes(model.read_bytes()[:-500])
@@ -316,6 +316,15 @@ def test_killed_run_resumes_to_the_same_student(finished, tmp_path, step, broken
     assert_equal(weights(folder / "teacher"), weights(whole / "teacher"))
     assert_equal(weights(folder / "student"), weights(whole / "student"))
     assert again["scores"] == content["scores"]
+
+
+def _whole(path):
+    """The state is a checkpoint's last file; for a moment it is there and empty."""
+    try:
+        json.loads((path / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def _number(path):
