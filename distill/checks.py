@@ -87,6 +87,18 @@ def check_arguments(args: TrainingArguments, objective: Objective, compute_loss_
             "torch_compile=True: the taps are forward hooks, which a compiled model skips. Set "
             "torch_compile=False."
         )
+    if getattr(args, "muon_rate", None) is not None:
+        if args.fsdp or args.deepspeed:
+            raise DistillError(
+                "muon_rate with fsdp or deepspeed: they share matrices out, and Muon's steps need "
+                "whole ones. Leave muon_rate out, or train with torchrun alone."
+            )
+        name = getattr(args.optim, "value", args.optim)
+        if name not in ("adamw_torch", "adamw_torch_fused"):
+            raise DistillError(
+                f"muon_rate with optim={name}: all that is no matrix of a Kronecker layer "
+                "takes AdamW's steps. Set optim='adamw_torch_fused', or leave muon_rate out."
+            )
     if getattr(args, "ema", None) is not None:
         if args.fsdp or args.deepspeed:
             raise DistillError(

@@ -29,6 +29,8 @@ class Stage:
     stage, and the student it leaves, have the averaged weights. None: no average.
     small_rate, embedding_rate: what the learning rate is multiplied by for the smaller matrix of a
     Kronecker pair, and for embedding tables: see `rates.rate_factors`.
+    muon_rate: the matrices of Kronecker layers take Muon's steps, at learning_rate times this
+    number; all else AdamW's. None: AdamW's everywhere. See `muon.Muon`.
     pieces: lengths of which each step of general text takes one, to cut its blocks of max_length
     tokens into; see `pieces.Pieces`. Empty: whole blocks. Task rows have their own lengths.
     cache_teacher: the teacher's logits are computed once for all rows and kept on disk; for
@@ -49,6 +51,7 @@ class Stage:
     ema: float | None = None
     small_rate: float = 1.0
     embedding_rate: float = 1.0
+    muon_rate: float | None = None
     pieces: tuple[int, ...] = ()
     cache_teacher: bool = False
 
@@ -81,7 +84,7 @@ class Stage:
             )
         object.__setattr__(self, "pieces", tuple(self.pieces))
         check_pieces(f"Stage({self.name!r})", self.pieces, self.max_length)
-        check_switches(f"Stage({self.name!r})", self.ema, self.small_rate, self.embedding_rate)
+        check_switches(f"Stage({self.name!r})", self)
         if self.cache_teacher and self.objective.teacher_taps != {"logits"}:
             needed = ", ".join(sorted(self.objective.teacher_taps)) or "nothing"
             raise DistillError(
@@ -134,6 +137,7 @@ class Stage:
             "ema": self.ema,
             "small_rate": self.small_rate,
             "embedding_rate": self.embedding_rate,
+            "muon_rate": self.muon_rate,
         }
         if "per_device_train_batch_size" not in overrides:
             processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -151,14 +155,18 @@ class Stage:
             raise DistillError(f"Stage({self.name!r}).to_arguments: {error}.") from error
 
 
-def check_switches(where: str, ema: float | None, small_rate: float, embedding_rate: float) -> None:
+def check_switches(where: str, told: Stage | DistillArguments) -> None:
     """Raise `DistillError` if a switch of a stage, or of its arguments, has no meaning."""
+    ema = told.ema
     if ema is not None and not (isinstance(ema, (int, float)) and 0 < ema < 1):
         raise DistillError(
             f"{where}: ema={ema!r}: expected a share in (0, 1), 0.999 for an average over about "
             "1,000 steps, or None."
         )
-    for key, rate in (("small_rate", small_rate), ("embedding_rate", embedding_rate)):
+    for key in ("small_rate", "embedding_rate", "muon_rate"):
+        rate = getattr(told, key)
+        if key == "muon_rate" and rate is None:
+            continue
         if not (isinstance(rate, (int, float)) and 0 < rate < float("inf")):
             raise DistillError(
                 f"{where}: {key}={rate!r}: expected a number > 0, by which the learning rate is "

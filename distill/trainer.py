@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from kronbert.distill.averaging import WeightAverage
 from kronbert.distill.checks import check_arguments, check_pair, supervised_layers
 from kronbert.distill.layer_maps import LayerMap
+from kronbert.distill.muon import with_muon
 from kronbert.distill.objectives import Objective, term_losses
 from kronbert.distill.rates import rate_factors, split_groups
 from kronbert.distill.stages import check_switches
@@ -30,15 +31,16 @@ from kronbert.errors import DistillError
 class DistillArguments(TrainingArguments):
     """transformers' TrainingArguments that log the first step: curves start untrained.
 
-    ema, small_rate, embedding_rate: as in `kronbert.distill.Stage`."""
+    ema, small_rate, embedding_rate, muon_rate: as in `kronbert.distill.Stage`."""
 
     logging_first_step: bool = True
     ema: float | None = None
     small_rate: float = 1.0
     embedding_rate: float = 1.0
+    muon_rate: float | None = None
 
     def __post_init__(self) -> None:
-        check_switches("DistillArguments", self.ema, self.small_rate, self.embedding_rate)
+        check_switches("DistillArguments", self)
         super().__post_init__()
 
 
@@ -129,17 +131,21 @@ class DistillTrainer(Trainer):
         return nullcontext() if self._average is None else self._average.in_place()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's, with parameter groups of their own for `rates.rate_factors`."""
+        """Trainer's, with parameter groups of their own for `rates.rate_factors`, and for Muon."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = {key: getattr(self.args, key, 1.0) for key in ("small_rate", "embedding_rate")}
-        if any(rate != 1 for rate in rates.values()):
+        muon: float | None = getattr(self.args, "muon_rate", None)
+        if any(rate != 1 for rate in rates.values()) or muon is not None:
             if self._given_optimizer:
+                told = rates if muon is None else {**rates, "muon_rate": muon}
                 raise DistillError(
-                    f"DistillTrainer(optimizers=...) with {rates}: the rates of a given optimizer "
+                    f"DistillTrainer(optimizers=...) with {told}: the rates of a given optimizer "
                     "are its own. Leave one of the two out."
                 )
             model: Any = self.model
+            if fresh and muon is not None:
+                self.optimizer = optimizer = with_muon(optimizer, model, muon)
             if fresh:
                 split_groups(optimizer, rate_factors(model, **rates))
         return optimizer

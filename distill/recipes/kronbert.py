@@ -41,7 +41,8 @@ def general_stage(*, mlm: bool = False, max_length: int = 128) -> Stage:
     return Stage(
         name="general",
         objective=general_objective(mlm=mlm),
-        learning_rate=1e-3,
+        learning_rate=3e-3,
+        muon_rate=2.0,
         epochs=1,
         batch_size=32,
         max_length=max_length,
