@@ -23,8 +23,14 @@ import kronbert
 from kronbert.job_folder import write_whole
 from kronbert.pretrain import PretrainSettings, pretrain_student
 
-VARIANTS = (*STRUCTURES, "planned, weights init")
-"""Structures fitted to data, and the planned one fitted to the weights alone."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "planned, weights init": {"init": "weights"},
+    "planned, AdamW": {"optimizer": "adamw"},
+    "planned, AdamW at 1e-3": {"optimizer": "adamw", "learning_rate": 1e-3},
+}
+"""The planner's structure with something else changed in `PretrainSettings`."""
+
+VARIANTS = (*STRUCTURES, *OTHERS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,9 +65,8 @@ def made(options: Any, factor: float, variant: str, folder: Path) -> dict[str, A
     """The variant's row: from its folder, or trained now."""
     path = folder / "row.json"
     if not path.is_file():
-        structure = variant.removesuffix(", weights init")
         plan = kronbert.plan(AutoConfig.from_pretrained(options.model), factor=factor)
-        plan = restructured(plan, structure)
+        plan = restructured(plan, variant if variant in STRUCTURES else "planned")
         rules = {
             layer.size.name: " + ".join(shape.spec for shape in layer.groups)
             for layer in plan.converted
@@ -74,8 +79,8 @@ def made(options: Any, factor: float, variant: str, folder: Path) -> dict[str, A
             words=options.words,
             output=str(folder),
             rules=rules,
-            init="data" if variant == structure else "weights",
             seed=options.seed,
+            **OTHERS.get(variant, {}),
         )
         report = pretrain_student(settings)
         points = json.loads((folder / "curve.json").read_text())["points"]

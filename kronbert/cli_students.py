@@ -22,6 +22,13 @@ class Init(str, Enum):
     weights = "weights"
 
 
+class Optimizer(str, Enum):
+    """Of the matrices of Kronecker layers, see `kronbert.distill.muon`."""
+
+    muon = "muon"
+    adamw = "adamw"
+
+
 def pretrain_student(
     model: Annotated[str, typer.Option(help="encoder that teaches: hub name or folder")],
     text: Annotated[str, typer.Option(help="a file (.txt, .jsonl, .parquet), or a hub data set")],
@@ -41,7 +48,10 @@ def pretrain_student(
     valid_blocks: Annotated[int, typer.Option(min=1, help="blocks of it, evenly spaced")] = 128,
     words: Annotated[int | None, typer.Option(help="stop reading text after so many")] = None,
     epochs: Annotated[float | None, typer.Option(help="default: 1")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="default: 1e-3")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="default: 3e-3")] = None,
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="of the layers' matrices; adamw for all else")
+    ] = Optimizer.muon,
     batch_size: Annotated[int | None, typer.Option(help="blocks per step; default: 32")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="tokens per block; default: 128, or what the model takes")
@@ -78,6 +88,7 @@ def pretrain_student(
         words=words,
         epochs=epochs,
         learning_rate=learning_rate,
+        optimizer=optimizer.value,
         batch_size=batch_size,
         max_length=max_length,
         mlm=mlm,

@@ -43,8 +43,9 @@ class PretrainSettings:
     student: a saved student of this teacher to go on from, instead of the nearest products.
     init: "data" fits the first student to what the teacher's layers give on CALIBRATION blocks of
     the text, "weights" to their weights alone; see `kronbert.convert`.
-    words: stop reading text after so many. mlm: train the masked-LM head too; None: where the
-    checkpoint has one. half: save float16 weights. licence: of the student, for its model card.
+    words: stop reading text after so many. optimizer: "adamw" for AdamW alone. mlm: train the
+    masked-LM head too; None: where the checkpoint has one. half: save float16 weights. licence: of
+    the student, for its model card.
     None otherwise: the value of `kronbert.distill.recipes.kronbert.general_stage`."""
 
     model: str
@@ -61,6 +62,7 @@ class PretrainSettings:
     words: int | None = None
     epochs: float | None = None
     learning_rate: float | None = None
+    optimizer: Literal["adamw", "muon"] = "muon"
     batch_size: int | None = None
     max_length: int | None = None
     mlm: bool | None = None
@@ -72,6 +74,10 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         if self.factor is not None and self.preset is not None:
             raise PlanError("pretrain-student: factor= and preset=: expected one of them.")
+        if self.optimizer not in ("adamw", "muon"):
+            raise DistillError(
+                f"pretrain-student: optimizer={self.optimizer!r}: expected 'adamw' or 'muon'."
+            )
         shapes = self.factor or self.preset or self.rules
         if self.student is not None and shapes:
             raise PlanError(
@@ -151,6 +157,8 @@ class _Pretraining:
                 f"max_length={settings.max_length}: {settings.model} takes {most} tokens at most."
             )
         stage = general_stage(mlm=self.mlm, max_length=settings.max_length or min(128, most))
+        if settings.optimizer == "adamw":
+            stage = replace(stage, muon_rate=None)
         asked: dict[str, Any] = {
             "epochs": settings.epochs,
             "learning_rate": settings.learning_rate,

@@ -1,4 +1,4 @@
-"""Muon's steps: what they are, which matrices take them, and that a stopped run goes on the same."""
+"""Muon's steps: what they are, who takes them, and that a stopped run goes on the same."""
 
 from dataclasses import replace
 
@@ -49,7 +49,8 @@ def test_all_singular_values_become_about_one(shape):
     given = torch.randn(shape)
     got = orthogonal(given)
     values = torch.linalg.svdvals(got)
-    assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+    assert 0.6 < float(values.min())
+    assert float(values.max()) < 1.3
     # the singular vectors stay: U'ᵀ U S Vᵀ V' is diagonal
     u, _, v = torch.linalg.svd(given, full_matrices=False)
     inner = u.mT @ got @ v.mT
@@ -68,7 +69,8 @@ def test_the_vectors_of_a_truncated_svd_are_one_matrix():
         step = direction(torch.randn(shape)).reshape(5, 64) / (RMS * 8)
         gram = step @ step.T
         assert float((gram - torch.diag(gram.diag())).abs().max()) < 0.35
-        assert 0.4 < float(gram.diag().min()) and float(gram.diag().max()) < 1.5
+        assert 0.4 < float(gram.diag().min())
+        assert float(gram.diag().max()) < 1.5
 
 
 def test_terms_of_balanced_sums_are_matrices_of_their_own():
@@ -90,8 +92,9 @@ def test_two_steps_by_hand():
     matrix, other = nn.Parameter(torch.randn(2, 6, 5)), nn.Parameter(torch.randn(7))
     twin = nn.Parameter(other.detach().clone())
     start = matrix.detach().clone()
-    optimizer = Muon([{"params": [other], "lr": 0.1, "weight_decay": 0.01},
-                      {"params": [matrix], "lr": 0.3, "weight_decay": 0.5, "muon": True}])  # fmt: skip
+    plain = {"params": [other], "lr": 0.1, "weight_decay": 0.01}
+    moved = {"params": [matrix], "lr": 0.3, "weight_decay": 0.5, "muon": True}
+    optimizer = Muon([plain, moved])
     adamw = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.01)
     expected, momentum = start, torch.zeros_like(start)
     for _ in range(2):

@@ -169,6 +169,17 @@ def test_killed_run_resumes_to_the_same_student(finished, texts, tmp_path, monke
     assert last <= round(rate) < again["steps"]  # the speed is that of the steps done since
 
 
+def test_adamw_alone_takes_other_steps(finished, texts, tmp_path):
+    folder, settings, report, _ = finished
+    plain = pretrain_student(
+        replace(settings, output=str(tmp_path), optimizer="adamw"), lambda _: None
+    )
+    assert (report["stage"]["muon_rate"], plain["stage"]["muon_rate"]) == (2.0, None)
+    muon, adamw = (load_file(path / "student/model.safetensors") for path in (folder, tmp_path))
+    dense = "encoder.layer.0.output.dense.a"
+    assert float((muon[dense] - adamw[dense]).abs().max()) > 1e-3
+
+
 def test_measuring_changes_no_weight(finished, texts, tmp_path):
     whole, settings, _, _ = finished
     content = pretrain_student(
@@ -220,6 +231,8 @@ def test_what_does_not_go_together(masked, tiny_bert, finished, texts, tmp_path)
         settings_for(tiny_bert, texts, tmp_path, student="x")
     with pytest.raises(PlanError, match="expected one of them"):
         settings_for(tiny_bert, texts, tmp_path, preset="k8")
+    with pytest.raises(DistillError, match="optimizer='sgd': expected 'adamw' or 'muon'"):
+        settings_for(tiny_bert, texts, tmp_path, optimizer="sgd")
     with pytest.raises(DistillError, match="has no masked-LM head"):
         pretrain_student(settings_for(tiny_bert, texts, tmp_path / "a", mlm=True))
     with pytest.raises(DataError, match="takes 64 tokens at most"):
