@@ -43,16 +43,18 @@ TEACHER: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 3, "batch_size": 32,
 goes on from (None: the base model)."""
 
 TEACHERS: dict[str, dict[str, Any]] = {
-    "sst2": {},
-    "mrpc": {"start": None},
-    "rte": {"start": None},
-    "cola": {},
-    "stsb": {"start": None},
+    "sst2": {"epochs": 2, "batch_size": 128},
+    "mrpc": {"epochs": 5},
+    "rte": {"start": "mnli", "learning_rate": 5e-5, "epochs": 8, "ema": 0.99},
+    "cola": {"epochs": 5},
+    "stsb": {"start": "mnli", "learning_rate": 5e-5, "epochs": 6, "ema": 0.99},
     "qnli": {},
     "qqp": {},
-    "mnli": {},
+    "mnli": {"learning_rate": 1.5e-4, "epochs": 2, "batch_size": 64},
 }
-"""What is different from `TEACHER`."""
+"""What is different from `TEACHER`: the best of two to four tries on the dev set each. From MNLI's
+encoder (12,988 rows of it and 20,000 of SNLI) RTE is at 67.5 instead of 57.8, STS-B at 87.6 instead
+of 85.2; MRPC gains nothing."""
 
 PASSES: dict[str, float] = {}
 """Epochs of a task where the study cannot afford the recipe's: one table for all kinds, so that
