@@ -265,7 +265,7 @@ class Study:
         calibration = None
         fitted = run.kind == "kronbert-nostage1" or (run.kind == "kronbert" and start is None)
         if fitted and training.init == "data":
-            calibration = students.calibration_batches(
+            calibration = students.calibration(
                 data.train,
                 training.calibration_rows,
                 run.seed,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kronbert.distill import Stage
-from kronbert.distill.recipes.kronbert import task_stage
+from kronbert.distill.recipes.kronbert import task_stages
 from kronbert.errors import DistillError, near
+from kronbert.job_begin import FIT
 
 FULL = ("sst2", "mrpc", "rte", "cola", "stsb")
 """Tasks of which the whole training and dev sets are at hand: the mean is over these."""
@@ -56,12 +57,9 @@ TEACHERS: dict[str, dict[str, Any]] = {
 encoder (12,988 rows of it and 20,000 of SNLI) RTE is at 67.5 instead of 57.8, STS-B at 87.6 instead
 of 85.2; MRPC gains nothing."""
 
-PASSES: dict[str, float] = {}
-"""Epochs of a task where the study cannot afford the recipe's: one table for all kinds, so that
-peers have the same steps."""
-
-RATES = (5e-4, 1e-3)
-"""Learning rates that every kind may choose from, in a short run each."""
+RATES: tuple[float, ...] = ()
+"""Learning rates that every kind may choose from for its last stage, in a short run each; none: the
+recipe's."""
 
 SEARCH_SEED = 0
 """Of the runs that choose a rate: none of the seeds that are reported."""
@@ -94,7 +92,7 @@ class Training:
     rates: tuple[float, ...] = RATES
     share: float = 0.25
     init: str = "data"
-    calibration_rows: int = 4096
+    calibration_rows: int = FIT
     calibration_text: int = 0
     augment: int | None = None
     text_rows: int = 0
@@ -123,19 +121,19 @@ class Training:
             raise DistillError(f"stages {names}: expected different names; one folder each.")
 
     def stages_of(self, kind: str, seed: int) -> list[Stage]:
-        """The stages of one student: a dense one of another width has no terms on hidden states."""
+        """The stages of one student. A dense one of another width has no terms on hidden states: in
+        a stage of those alone it learns what the last stage does, so that it has as many steps."""
         found = []
         for given in self.stages:
             told = {**given, "seed": seed}
             if kind == "dense":
-                terms = told["objective"]["terms"]
-                kept = [term for term in terms if term["tap"] not in HIDDEN_TAPS]
+                kept = _answers(given) or _answers(self.stages[-1])
                 if not kept:
-                    continue  # a stage on hidden states alone
+                    raise DistillError(
+                        f"stages: none has a term that a student of kind {kind!r} can have."
+                    )
                 told["objective"] = {"terms": kept}
             found.append(Stage.from_dict(told))
-        if not found:
-            raise DistillError(f"stages: none has a term that a student of kind {kind!r} can have.")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,18 +142,21 @@ class Training:
         return found
 
 
-def stage_of(task: str) -> dict[str, Any]:
-    """The last stage of every student: the library's own recipe, as a `Stage`'s JSON has it."""
-    stage = task_stage(task).to_dict()
-    del stage["seed"]
-    if task in PASSES:
-        stage["epochs"] = PASSES[task]
-    return stage
+def _answers(stage: Mapping[str, Any]) -> list[Any]:
+    return [term for term in stage["objective"]["terms"] if term["tap"] not in HIDDEN_TAPS]
+
+
+def stages_of(task: str) -> tuple[dict[str, Any], ...]:
+    """The stages of every student: the library's own recipe, as a `Stage`'s JSON has them."""
+    stages = [stage.to_dict() for stage in task_stages(task)]
+    for stage in stages:
+        del stage["seed"]
+    return tuple(stages)
 
 
 def training_of(task: str, changes: Mapping[str, Any]) -> Training:
     """The task's training, with ``changes``: fields of `Training`, or of its last stage."""
-    made = Training(stages=(stage_of(task),))
+    made = Training(stages=stages_of(task))
     known = [field.name for field in fields(Training)]
     staged = [field.name for field in fields(Stage) if field.name not in ("name", "seed")]
     for key in changes:

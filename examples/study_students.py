@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from study_structures import products, restructured  # type: ignore[import-not-found]
-from transformers import AutoModelForSequenceClassification, BertConfig, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 import kronbert
 from kronbert.config import Rule
 from kronbert.embedding import KroneckerEmbedding
 from kronbert.errors import DataError
+from kronbert.job_begin import row_batches
 from kronbert.job_models import open_model
 from kronbert.job_start import Start, find_start, student_from
 from kronbert.linear import KroneckerLinear
@@ -237,20 +238,13 @@ def continued(teacher: Any, folder: Path) -> Any:
     return student
 
 
-def calibration_batches(
-    rows: Any, count: int, seed: int, tokenizer: Any, text: Sequence[Any] = ()
-) -> list[Any]:
-    """``count`` tokenised rows in batches of 64, drawn with ``seed``, alternating with ``text``."""
-    drawn = rows.shuffle(seed=seed).select(range(min(count, len(rows))))
-    drawn = drawn.remove_columns([n for n in ("labels",) if n in drawn.column_names])
-    collate = DataCollatorWithPadding(tokenizer)
-
-    def batches(of: Any) -> Iterator[Any]:
-        for start in range(0, len(of), 64):
-            batch = [of[i] for i in range(start, min(start + 64, len(of)))]
-            yield dict(collate(batch))
-
-    return list(_alternate(batches(drawn), batches(text)))
+def calibration(
+    rows: Any, count: int, seed: int, tokenizer: Any, text: Any = ()
+) -> list[dict[str, Any]]:
+    """``count`` tokenised rows in batches, drawn with ``seed``, in turn with those of ``text``."""
+    drawn = row_batches(rows, count, seed, tokenizer)
+    more = row_batches(text, len(text), seed, tokenizer) if len(text) else []
+    return list(_alternate(drawn, more))
 
 
 def _alternate(first: Iterable[Any], second: Iterable[Any]) -> Iterator[Any]:

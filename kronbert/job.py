@@ -6,11 +6,12 @@ import json
 import math
 import os
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from .config import Rule
 from .errors import DataError, DistillError
+from .job_begin import MEASURED, candidates, hidden_error, row_batches
 from .job_folder import JobFolder, Say
 from .job_models import (
     check_finite,
@@ -25,7 +26,7 @@ from .job_models import (
 )
 from .job_rows import check_more_rows, more_rows, open_data
 from .job_settings import CompressSettings
-from .job_start import Start, find_start, put_body, student_from
+from .job_start import Start, find_start, put_body
 
 __all__ = ["CompressSettings", "compress", "open_data", "open_teacher"]
 
@@ -78,7 +79,7 @@ class _Job:
             self.dense = self._open_dense()
             table = self.dense[0].get_input_embeddings().weight.detach()
             check_more_rows(self.data, settings, self.augment_to, self.tokenizer, table)
-        self.rows = tokenize(self.data, self.tokenizer, self.on_task.max_length)
+        self.rows = tokenize(self.data, self.tokenizer, self.max_length)
         if settings.stage1_text and not folder.done("stage1"):
             _ = self.blocks
         if not folder.began():
@@ -101,6 +102,11 @@ class _Job:
         length = settings.max_length
         if length is None:
             length = min(self.task.max_length, most)
+        self.max_length = length
+        for key in ("epochs", "learning_rate"):
+            value = getattr(settings, key)
+            if value is not None and not value > 0:
+                raise DistillError(f"compress({key}={value!r}): expected a number > 0.")
         self.masked = has_masked_lm(config, self.tokenizer)
         name, regression = self.task.name, self.task.labels is None
         if settings.preset is not None:
@@ -108,20 +114,26 @@ class _Job:
         else:
             recipe = kronbert(task=name, regression=regression, mlm=self.masked, max_length=length)
         self.augment_to = recipe.augment_to
-        self.on_task = _changed(
-            recipe.stage("task"),
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            batch_size=settings.batch_size,
-            max_length=length,
-            seed=settings.seed,
-        )
+        steps = [stage for stage in recipe.stages if stage.name != "general"]
+        passes, rate = sum(stage.epochs for stage in steps), steps[0].learning_rate
+        self.on_task = [
+            _changed(
+                stage,
+                epochs=settings.epochs and settings.epochs * stage.epochs / passes,
+                learning_rate=settings.learning_rate
+                and settings.learning_rate * stage.learning_rate / rate,
+                batch_size=settings.batch_size,
+                max_length=length,
+                seed=settings.seed,
+            )
+            for stage in steps
+        ]
         self.general = _changed(
             recipe.stage("general"),
             epochs=settings.stage1_epochs,
             learning_rate=settings.stage1_learning_rate,
             batch_size=settings.batch_size,
-            max_length=self.on_task.max_length,
+            max_length=length,
             seed=settings.seed,
         )
         small = getattr(config, "hidden_size", 768) < 512
@@ -130,8 +142,8 @@ class _Job:
             objective=labels_only(),
             learning_rate=1e-4 if small else 3e-5,
             epochs=settings.teacher_epochs,
-            batch_size=self.on_task.batch_size,
-            max_length=self.on_task.max_length,
+            batch_size=self.on_task[-1].batch_size,
+            max_length=length,
             seed=settings.seed,
         )
         self.for_teacher = _changed(for_teacher, learning_rate=settings.teacher_learning_rate)
@@ -150,9 +162,9 @@ class _Job:
         check_finite(teacher, name, "Use an intact checkpoint.")
         check_tokenizer(teacher, self.tokenizer, name)
         plan(teacher, **self.wanted, errors=False)
-        objective = self.on_task.objective
-        layers = supervised_layers(teacher, teacher, objective)
-        Taps(teacher, objective.teacher_taps, [layer for layer in layers if layer])
+        for stage in self.on_task:
+            layers = supervised_layers(teacher, teacher, stage.objective)
+            Taps(teacher, stage.objective.teacher_taps, [layer for layer in layers if layer])
         self.folder.need_space(teacher.num_parameters())
         return teacher, tuned
 
@@ -168,19 +180,19 @@ class _Job:
 
     def run(self) -> None:
         folder, settings = self.folder, self.settings
-        what = f"1/4 teacher: {settings.model} on {self.task.name} ({self.data.source})"
+        steps = 3 + len(self.on_task)
+        what = f"1/{steps} teacher: {settings.model} on {self.task.name} ({self.data.source})"
         folder.step("teacher", what, self._teacher)
         if settings.stage1_text:
-            what = f"2/4 stage 1: general text {settings.stage1_text}"
+            what = f"2/{steps} stage 1: general text {settings.stage1_text}"
             folder.step("stage1", what, self._stage1)
-        elif self.start is not None:
-            what = (
-                f"2/4 starting from {self.start.name}, {self.start.factor:.2f} times smaller "
-                f"(its teacher's word embeddings: cosine {self.start.cosine:.4f})"
-            )
-            folder.step("stage1", what, self._take_student)
-        folder.step("task", f"3/4 stage 2: distilling on {self.task.name}", self._distil)
-        folder.step("report", "4/4 report", self._report)
+        else:
+            folder.step("start", f"2/{steps} the student's start", self._begin)
+        for number, stage in enumerate(self.on_task, start=3):
+            aim = "hidden states" if stage.name == "intermediate" else "answers"
+            what = f"{number}/{steps} stage 2 on {self.task.name}: the teacher's {aim}"
+            folder.step(stage.name, what, partial(self._distil, stage))
+        folder.step("report", f"{steps}/{steps} report", self._report)
 
     def _teacher(self) -> dict[str, Any]:
         from .distill.finetune import commonest_class
@@ -262,33 +274,49 @@ class _Job:
         chosen = self.folder.state.get("start")
         return None if chosen is None else Start(**chosen)
 
-    def _take_student(self) -> dict[str, Any]:
-        start = self.start
-        assert start is not None  # whoever asks has looked
-        student = student_from(start, self._saved("teacher"), **self.wanted)
-        check_finite(student, start.name, "Use an intact student, or --student none.")
-        self.folder.save_model(student, self.tokenizer, "stage1")
-        return {"history": [], "start": {"name": start.name, "cosine": start.cosine}}
+    def _begin(self) -> dict[str, Any]:
+        """The student that was asked for, or the nearer one of a fitted one and a shipped one: a
+        base model's student may be far from the fine-tuned teacher."""
+        settings, start, teacher = self.settings, self.start, self._saved("teacher")
+        rows, seed = self.rows.train, settings.seed
+        found = candidates(
+            teacher,
+            start,
+            self.wanted,
+            rows,
+            self.tokenizer,
+            fitted=start is None or settings.student is None,
+            seed=seed,
+        )
+        fresh = row_batches(rows, MEASURED, seed + 1, self.tokenizer)
+        errors = {name: hidden_error(student, teacher, fresh) for name, student in found.items()}
+        chosen = min(errors, key=lambda name: errors[name])
+        for name, error in errors.items():
+            said = "taken" if name == chosen else "left"
+            self.folder.say(f"{name}: {error:.3f} from the teacher's hidden states, {said}")
+        self.folder.save_model(found[chosen], self.tokenizer, "start")
+        told = None
+        if start is not None and chosen == start.name:
+            told = {"name": start.name, "cosine": start.cosine}
+        return {"history": [], "hidden_errors": errors, "start": told}
 
-    def _distil(self) -> dict[str, Any]:
-        from .conversion import convert
-
-        teacher = self._saved("teacher")
-        if self.folder.done("stage1"):
-            student = self._saved("stage1")
-        else:
-            student = convert(teacher, **self.wanted)
+    def _distil(self, stage: Any) -> dict[str, Any]:
+        names = ["stage1" if self.settings.stage1_text else "start"]
+        names += [one.name for one in self.on_task]
+        before, after = names[names.index(stage.name) - 1], stage.name
+        student, teacher = self._saved(before), self._saved("teacher")
         rows = self._rows_of_stage2(teacher)
-        before = self._scores(student, "student before stage 2", "--stage1-learning-rate")
-        history = self._train(student, teacher, self.on_task, rows, "task")
+        scored = self._scores(student, "student before stage 2", "--stage1-learning-rate")
+        history = self._train(student, teacher, stage, rows, after)
         scores = self._scores(student, "student", "--learning-rate")
-        self.folder.save_model(student, self.tokenizer, "student")
+        last = stage is self.on_task[-1]
+        self.folder.save_model(student, self.tokenizer, "student" if last else after)
         return {
             "scores": scores,
-            "scores_before": before,
+            "scores_before": scored,
             "rows": rows.source,
             "history": history,
-            "stage": self.on_task.to_dict(),
+            "stage": stage.to_dict(),
         }
 
     def _rows_of_stage2(self, teacher: Any) -> Any:
@@ -299,7 +327,7 @@ class _Job:
         more = more_rows(self.data, self.settings, self.augment_to, self.tokenizer, table)
         if more is self.data:
             return self.rows
-        return tokenize(more, self.tokenizer, self.on_task.max_length)
+        return tokenize(more, self.tokenizer, self.max_length)
 
     def _report(self) -> dict[str, Any]:
         from .job_report import write_report

@@ -25,10 +25,11 @@ def write_report(
     positions = getattr(teacher.config, "max_position_embeddings", None) or SEQUENCE
     measured = report(student, teacher, sequence_length=min(SEQUENCE, positions))
     first = next(iter(steps["task"]["scores"]))
+    before = steps.get("intermediate", steps["task"])
     scores = {
         "teacher": steps["teacher"]["scores"],
         "student": steps["task"]["scores"],
-        "student_before_distillation": steps["task"]["scores_before"],
+        "student_before_distillation": before["scores_before"],
         "commonest_class": steps["teacher"]["commonest"],
     }
     teacher_score = scores["teacher"][first][task.primary]
@@ -45,7 +46,8 @@ def write_report(
         "metric": f"{first} {task.primary}",
         "retention": student_score / teacher_score if teacher_score else None,
         "seconds": {name: step["seconds"] for name, step in steps.items()},
-        "start": steps.get("stage1", {}).get("start"),
+        "start": steps.get("start", {}).get("start"),
+        "hidden_errors": steps.get("start", {}).get("hidden_errors"),
         "stages": {name: step["stage"] for name, step in steps.items() if "stage" in step},
         "measured": measured.to_json(),
         "history": {name: step["history"] for name, step in steps.items()},
@@ -62,7 +64,7 @@ def _draw(
     """The pictures, as (title, file name)."""
     drawn = []
     pictures.learning_curve(
-        content["history"]["task"],
+        _one_history(content["history"]),
         folder / "learning_curve.png",
         metric=content["task"]["primary"],
         teacher_score=teacher,
@@ -117,7 +119,8 @@ def _markdown(
         + " |",
         "|---|" + "---|" * (len(content["scores"]["student"]) * len(task.metrics)),
     ]  # fmt: skip
-    before = "student, converted only"
+    fitted = "fitted" in (content["hidden_errors"] or ())
+    before = "student, fitted to the teacher" if fitted else "student, converted only"
     if content["start"]:
         before = f"student, from {content['start']['name']}"
     elif "stage1" in content["stages"]:
@@ -153,6 +156,15 @@ def _markdown(
     return "\n".join(lines)
 
 
+def _one_history(history: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Both steps of stage 2, one after another; the first is logged from step 0 on."""
+    rows: list[dict[str, Any]] = []
+    for name in ("intermediate", "task"):
+        behind = max((row["step"] for row in rows), default=0)
+        rows += [{**row, "step": behind + row["step"]} for row in history.get(name, ())]
+    return rows
+
+
 def _summary(content: Mapping[str, Any], measured: Any, first: str, task: Any) -> str:
     """Size, speed and score in one sentence each."""
     said = f"The student is {measured.factor:.1f} times smaller than its teacher"
@@ -169,7 +181,7 @@ def _summary(content: Mapping[str, Any], measured: Any, first: str, task: Any) -
 
 def _training(stages: Mapping[str, Any]) -> str:
     parts = [
-        f"{name}: {stage['epochs']:g} epochs at {stage['learning_rate']:g}, batch "
+        f"{name}: {stage['epochs']:.3g} epochs at {stage['learning_rate']:g}, batch "
         f"{stage['batch_size']}, up to {stage['max_length']} tokens"
         for name, stage in stages.items()
     ]

@@ -197,12 +197,14 @@ def test_compress_starts_from_it(named, learnt, tiny_bert, tiny_task, tmp_path):
     said = []
     output = tmp_path / "out"
     content = compress(settings_for(tiny_bert, tiny_task, output), said.append)
-    (line,) = [line for line in said if line.startswith("2/4")]
-    assert line.startswith("2/4 starting from kronbert/tiny-x3, 3.")
+    near, far = (content["hidden_errors"][name] for name in (named, "fitted"))
+    assert near < far
+    assert f"{named}: {near:.3f} from the teacher's hidden states, taken" in said
+    assert f"fitted: {far:.3f} from the teacher's hidden states, left" in said
     assert content["start"] == {"name": named, "cosine": 1.0}
     assert "| student, from kronbert/tiny-x3 |" in (output / "report.md").read_text()
     stage1, teacher, body = (
-        state_of(output / "stage1"), state_of(output / "teacher"), kronbert.load(learnt[0])
+        state_of(output / "start"), state_of(output / "teacher"), kronbert.load(learnt[0])
     )  # fmt: skip
     assert torch.equal(stage1[LAYER], body.state_dict()[LAYER.removeprefix("bert.")])
     assert torch.equal(stage1["classifier.weight"], teacher["classifier.weight"])
@@ -213,13 +215,27 @@ def test_compress_starts_from_it(named, learnt, tiny_bert, tiny_task, tmp_path):
         settings_for(tiny_bert, tiny_task, tmp_path / "plain", student="none"), said.append
     )
     assert plain["start"] is None
-    converted = kronbert.convert(open_classifier(tmp_path / "plain" / "teacher"), factor=3.0)
+    assert list(plain["hidden_errors"]) == ["fitted"]
+    converted = open_classifier(tmp_path / "plain" / "start")
     found = open_classifier(tmp_path / "plain" / "student").get_submodule(DENSE).weight
     expected = converted.get_submodule(DENSE).weight
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     taken = open_classifier(output / "student").get_submodule(DENSE).weight
     assert (taken - expected).abs().max() > 1e-2
-    assert "student, converted only" in (tmp_path / "plain" / "report.md").read_text()
+    assert "student, fitted to the teacher" in (tmp_path / "plain" / "report.md").read_text()
+
+
+def test_a_base_models_student_is_left_where_fine_tuning_went_far(
+    named, tiny_bert, tiny_task, tmp_path
+):
+    far = settings_for(tiny_bert, tiny_task, tmp_path / "far", teacher_epochs=8,
+                       teacher_learning_rate=1e-2)  # fmt: skip
+    content = compress(far, lambda _: None)
+    assert content["hidden_errors"]["fitted"] < content["hidden_errors"][named]
+    assert content["start"] is None
+    asked = compress(replace(far, output=str(tmp_path / "asked"), student=named), lambda _: None)
+    assert asked["start"]["name"] == named
+    assert list(asked["hidden_errors"]) == [named]
 
 
 def test_choice_is_kept_when_resumed(named, tiny_bert, tiny_task, tmp_path, monkeypatch):

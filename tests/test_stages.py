@@ -92,15 +92,17 @@ def test_kroneckerbert_rates(factor, task, rate):
 
 
 def test_kronbert_has_no_score_term_and_no_softmax_of_one_number():
-    general, task = recipes.get("kronbert").stages
+    general, first, task = recipes.get("kronbert").stages
     assert [t.tap for t in general.objective.terms] == ["embedding", "ffn"]
+    assert [t.tap for t in first.objective.terms] == ["embedding", "ffn"]
     assert [(t.tap, t.loss) for t in task.objective.terms[2:]] == [("logits", "kl")]
+    assert first.learning_rate > task.learning_rate
     for made in (kronbert(task="STSB"), kronbert(task="my scores", regression=True)):
         assert made.stage("task").objective.terms[2].loss == "mse"
     assert kronbert(mlm=True).stage("general").objective.label_tap == "mlm"
-    large, small = (kronbert(task=name).stage("task") for name in ("SST2", "mrpc"))
-    assert (large.epochs, large.batch_size) == (3, 64)
-    assert (small.epochs, small.batch_size) == (5, 32)
+    large, small = (kronbert(task=name).stage("intermediate") for name in ("SST2", "mrpc"))
+    assert (large.epochs, large.batch_size) == (1, 64)
+    assert (small.epochs, small.batch_size) == (2, 32)
 
 
 def test_recipes_survive_json():

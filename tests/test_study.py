@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 import kronbert
+from kronbert.distill.recipes.kronbert import task_stages
 from kronbert.errors import DataError, DistillError
 from kronbert.job_models import open_model
 
@@ -64,7 +65,9 @@ def glue(tmp_path_factory):
     return root
 
 
-SMALL = {"epochs": 1, "batch_size": 16, "rates": [1e-3], "calibration_rows": 32, "augment": 0}
+LAST = {k: v for k, v in task_stages("sst2")[-1].to_dict().items() if k != "seed"}
+SMALL = {"stages": [LAST], "epochs": 1, "batch_size": 16, "rates": [1e-3],
+         "calibration_rows": 32, "augment": 0}  # fmt: skip
 
 
 @pytest.fixture
@@ -271,19 +274,21 @@ def test_a_locked_run_is_left_to_its_process(modules, options, counted, capsys, 
     assert counted == [*before, "task"]
 
 
-def test_stages_of_a_dense_student_have_no_hidden_terms(modules):
+def test_a_dense_student_learns_the_answers_in_every_stage(modules):
     training = modules.settings.training_of("sst2", {"epochs": 7, "share": 0.5})
-    (stage,) = training.stages_of("dense", seed=3)
-    assert stage.objective.taps == {"logits"}
+    first, stage = training.stages_of("dense", seed=3)
+    assert first.objective.taps == stage.objective.taps == {"logits"}
     assert (stage.epochs, stage.seed, training.share) == (7, 3, 0.5)
-    (own,) = training.stages_of("svd", seed=3)
-    assert own.objective.taps > stage.objective.taps
+    intermediate, own = training.stages_of("svd", seed=3)
+    assert intermediate.objective.taps == {"embedding", "ffn"}
+    assert own.objective.taps == {"embedding", "ffn", "logits"}
+    assert (first.epochs, first.batch_size) == (intermediate.epochs, intermediate.batch_size)
     with pytest.raises(DistillError, match=r"unknown key 'epoch'.*epochs"):
         modules.settings.training_of("sst2", {"epoch": 7})
-    labels = {"terms": [{"tap": "labels"}]}
+    labels = [{**LAST, "objective": {"terms": [{"tap": "labels"}]}}]
     with pytest.raises(DistillError, match="every stage learns from labels"):
-        modules.settings.training_of("sst2", {"augment": 2, "objective": labels})
-    hidden = [{**modules.settings.stage_of("sst2"), "objective": {"terms": [{"tap": "ffn"}]}}]
+        modules.settings.training_of("sst2", {"augment": 2, "stages": labels})
+    hidden = [{**LAST, "objective": {"terms": [{"tap": "ffn"}]}}]
     with pytest.raises(DistillError, match="kind 'dense' can have"):
         modules.settings.training_of("sst2", {"stages": hidden}).stages_of("dense", seed=3)
 
@@ -292,7 +297,7 @@ def test_several_stages_text_cache_and_copies(modules, options, counted, tmp_pat
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["The soup was good. The room was dull. The film was fine."] * 20))
     options.text = str(text)
-    soft = {**modules.settings.stage_of("sst2"), "epochs": 1, "batch_size": 16}
+    soft = {**modules.settings.stages_of("sst2")[-1], "epochs": 1, "batch_size": 16}
     hidden = {**soft, "name": "hidden", "objective": {"terms": [{"tap": "ffn"}]}}
     soft["objective"] = {"terms": [{"tap": "logits"}]}
     soft["cache_teacher"] = True
@@ -397,7 +402,7 @@ def test_collect_refuses_what_does_not_belong_together(modules, options, tmp_pat
     content = modules.results.collect([Path(options.output)], target)
     assert json.loads(target.read_text()) == content
     (row,) = content["runs"]
-    assert row["changes"] == SMALL
+    assert row["changes"] == json.loads(json.dumps(SMALL))
     assert set(row["history"][0]) == {"stage", "step", "epoch", "eval_accuracy"}
     assert str(tmp_path) not in target.read_text()
     copy = tmp_path / "copy"
