@@ -35,13 +35,13 @@ def row_of(report: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in report["settings"].items() if value is not None}
     settings = {k: Path(v).name if k in FOLDERS else v for k, v in given.items()}
     settings["model"] = model_name(report["settings"]["model"])
-    kept = ("scores", "metric", "retention", "seconds", "data", "stages", "measured")
+    kept = ("scores", "metric", "retention", "seconds", "data", "stages", "hidden_errors", "measured")
     start = report["start"]
     return {
         "settings": settings,
         "start": None if start is None else {**start, "name": Path(start["name"]).name},
         **{key: report[key] for key in kept},
-        "history": report["history"]["task"],
+        "history": {name: report["history"][name] for name in ("intermediate", "task")},
     }
 
 

@@ -110,6 +110,7 @@ def student_card(report: Mapping[str, Any]) -> str:
         f"| steps | {report['steps']:,} of {stage['batch_size']} blocks, "
         f"{report['tokens']:,} tokens |",
         f"| learning rate | {stage['learning_rate']:g}, {stage['scheduler']} |",
+        f"| optimiser | {_optimiser(stage)} |",
         f"| seed | {stage['seed']} |",
         f"| tokens per second | {report['tokens_per_second']:,.0f} |",
         "| versions | " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + " |",
@@ -132,3 +133,8 @@ def student_card(report: Mapping[str, Any]) -> str:
         ]
     lines += ["Every number on this page is in report.json. Task scores: not measured here.", ""]
     return "\n".join(lines)
+
+
+def _optimiser(stage: Mapping[str, Any]) -> str:
+    rate = stage.get("muon_rate")
+    return f"AdamW; Muon at {rate:g} times the rate for layers' matrices" if rate else "AdamW"

@@ -127,10 +127,8 @@ def test_report_and_pictures_are_there(finished):
     numbered = [line[:3] for line in said if line[1:3] == "/5"]
     assert numbered == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     (line,) = [line for line in said if line.startswith("fitted: ")]
-    assert (
-        line
-        == f"fitted: {content['hidden_errors']['fitted']:.3f} from the teacher's hidden states, taken"
-    )
+    error = content["hidden_errors"]["fitted"]
+    assert line == f"fitted: {error:.3f} from the teacher's hidden states, taken"
     assert content["start"] is None
 
 
