@@ -13,6 +13,7 @@ from kronbert import job as job_module
 from kronbert import job_report, shipped
 from kronbert.errors import DistillError, PlanError
 from kronbert.job import CompressSettings, compress
+from kronbert.job_begin import hidden_error
 from kronbert.job_start import Start, describe_teacher, find_start, student_from
 from kronbert.pretrain import PretrainSettings, pretrain_student
 
@@ -276,3 +277,21 @@ def test_an_incomplete_body_is_refused(learnt, teacher, tmp_path):
         put_body(student, body, "x")
     with pytest.raises(DistillError, match="x: it has 'head'"):
         put_body(student, {**student.bert.state_dict(), "head": torch.zeros(1)}, "x")
+
+
+def test_hidden_error_counts_tokens_not_padding(teacher, tokenizer, tiny_bert):
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval()
+    texts = ["the soup was good", "bad", "the film was fine and the room was kind"]
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    single = [dict(tokenizer([text], return_tensors="pt")) for text in texts]
+    assert hidden_error(teacher, teacher, [batch]) == 0
+    whole, parts = hidden_error(other, teacher, [batch]), hidden_error(other, teacher, single)
+    assert whole == pytest.approx(parts, rel=1e-4)
+    states = [
+        torch.cat([torch.cat(model(**one, output_hidden_states=True).hidden_states[1:], 2)
+                   for one in single], 1)
+        for model in (other, teacher)
+    ]  # fmt: skip
+    width = teacher.config.hidden_size
+    expected = (states[0] - states[1]).square().sum(2).mean() / width
+    assert whole == pytest.approx(float(expected.detach()), rel=1e-4)
