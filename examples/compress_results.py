@@ -35,7 +35,8 @@ def row_of(report: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in report["settings"].items() if value is not None}
     settings = {k: Path(v).name if k in FOLDERS else v for k, v in given.items()}
     settings["model"] = model_name(report["settings"]["model"])
-    kept = ("scores", "metric", "retention", "seconds", "data", "stages", "hidden_errors", "measured")
+    kept = ("scores", "metric", "retention", "seconds", "data", "hidden_errors", "stages",
+            "measured")  # fmt: skip
     start = report["start"]
     return {
         "settings": settings,

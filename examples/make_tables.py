@@ -56,8 +56,8 @@ def compress() -> str:
     versions = content["versions"]
     said = (
         f"Dev-set scores of the last step, seed {seeds}, from a fine-tuned teacher; the nearer "
-        f"start was taken; models in float32 as saved, at sequence 128; {content['machine']}; torch "
-        f"{versions['torch']}, transformers {versions['transformers']}; commit "
+        "start was taken; models in float32 as saved, at sequence 128; "
+        f"{content['machine']}; torch {versions['torch']}, transformers {versions['transformers']}; commit "
         f"{content['commit'][:8]}; `{content['command']}`, "
         "[examples/results/compress.json](examples/results/compress.json)."
     )
