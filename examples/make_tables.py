@@ -57,8 +57,8 @@ def compress() -> str:
     said = (
         f"Dev-set scores of the last step, seed {seeds}, from a fine-tuned teacher; the nearer "
         "start was taken; models in float32 as saved, at sequence 128; "
-        f"{content['machine']}; torch {versions['torch']}, transformers {versions['transformers']}; commit "
-        f"{content['commit'][:8]}; `{content['command']}`, "
+        f"{content['machine']}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; commit {content['commit'][:8]}; `{content['command']}`, "
         "[examples/results/compress.json](examples/results/compress.json)."
     )
     return "\n".join([*lines, "", said])
