@@ -42,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
     add("--output", default="runs/study", help="one folder per run")
     add("--tasks", nargs="+", default=[*settings.FULL, *settings.PARTIAL])
     add("--factors", nargs="+", type=float, default=list(settings.FACTORS))
-    own = [kind for kind in settings.KINDS if kind not in settings.ASKED_FOR]
+    own = [kind for kind in settings.KINDS if kind not in settings.STAGE1]
     add("--students", nargs="*", default=own, choices=list(settings.KINDS))
     add("--seeds", nargs="+", type=int, default=list(settings.SEEDS))
-    add("--stage1", help='folder with students 8/, 8-svd/, 19/ to start from; "none": none of ours')
+    add("--stage1", help="folder with students 8/, 8-svd/, 19/ of general text, for kinds *-stage1")
     add("--text", help="text for rows without a label, see text_rows in study_settings.py")
     add("--stage", help='JSON (or its file) over the task\'s stage: \'{"epochs": 5, "ema": 0.99}\'')
     add("--tag", help="name of the variant that --stage makes")

@@ -263,8 +263,7 @@ class Study:
             self.options.stage1, teacher, self.tokenizer, run.factor, run.kind
         )
         calibration = None
-        fitted = run.kind == "kronbert-nostage1" or (run.kind == "kronbert" and start is None)
-        if fitted and training.init == "data":
+        if run.kind == "kronbert" and training.init == "data":
             calibration = students.calibration(
                 data.train,
                 training.calibration_rows,
@@ -275,9 +274,7 @@ class Study:
         student = students.build(
             run.kind, teacher, run.factor, start, calibration, training.structure
         )
-        if start is None or run.kind not in ("kronbert", "svd-stage1"):
-            return student, None
-        return student, {"name": start.name, "cosine": start.cosine}
+        return student, None if start is None else {"name": start.name, "cosine": start.cosine}
 
     def rate(
         self, run: Run, teacher: Any, training: Any, data: TaskData

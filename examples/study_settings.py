@@ -24,17 +24,18 @@ SEEDS = (42, 43, 44)
 
 KINDS = {
     "kronbert": "**kronbert**",
-    "kronbert-nostage1": "kronbert without stage 1",
+    "kronbert-stage1": "kronbert from a student of general text",
     "svd": "truncated SVD",
-    "svd-stage1": "truncated SVD after the same stage 1",
+    "svd-stage1": "truncated SVD from a student of general text",
     "paper": "single products, 1 x n embedding (KroneckerBERT's shapes)",
     "random": "kronbert's shapes, random start",
     "dense": "dense, two narrow layers",
 }
 """Student kinds, in the order of the table."""
 
-ASKED_FOR = ("svd-stage1",)
-"""Kinds that only --students makes: they need a student of their own in --stage1."""
+STAGE1 = ("kronbert-stage1", "svd-stage1")
+"""Kinds that go on from a student of general text, and that only --students makes: the other kinds
+start from the fine-tuned teacher, as `kronbert compress` does."""
 
 MAIN = "main"
 """The tag of runs without an override of their own."""
@@ -80,12 +81,12 @@ class Training:
 
     stages: one after another, as `Stage.to_dict` without seed; the last has the rate that `rates`
     are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
-    init: of the kinds kronbert and kronbert-nostage1, see `kronbert.convert`, on
+    init: of the kind kronbert, see `kronbert.convert`, on
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. augment: copies
     per row with words replaced, None: as many as the recipe wants; text_rows: sentences of --text;
     transfer: other tasks and how many of their training rows; all without labels, for stages that
     read none. start: a task whose student of the same kind, factor, seed and tag it goes on from.
-    structure: of the kinds kronbert and kronbert-nostage1, a key of `study_structures.STRUCTURES`.
+    structure: of the kind kronbert, a key of `study_structures.STRUCTURES`.
     """
 
     stages: tuple[dict[str, Any], ...]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_settings import STAGE1  # type: ignore[import-not-found]
 from study_structures import products, restructured  # type: ignore[import-not-found]
 from transformers import AutoModelForSequenceClassification, BertConfig
 
@@ -27,35 +28,27 @@ BUCKETS = 4000
 
 
 def stage1_start(
-    asked: str | None, teacher: Any, tokenizer: Any, factor: float, kind: str = "kronbert"
+    asked: str | None, teacher: Any, tokenizer: Any, factor: float, kind: str
 ) -> Start | None:
-    """The stage-1 student of this factor: a folder of ``asked``, or one that comes with kronbert.
+    """The student of general text that the kind goes on from: in a folder of ``asked``, or one that
+    comes with kronbert. None: the kind starts from the teacher.
 
     asked: holds 8/, 19/, ... as save_pretrained or pretrain-student wrote them, and for the kind
-    svd-stage1 8-svd/, ...; "none"."""
-    if kind == "svd-stage1":
-        place = Path(str(asked), f"{factor:g}-svd")
-        if not place.is_dir():
-            raise DataError(f"kind {kind!r}: expected {factor:g}-svd in --stage1, got {asked!r}.")
+    svd-stage1 8-svd/, ..."""
+    if kind not in STAGE1:
+        return None
+    name = f"{factor:g}-svd" if kind == "svd-stage1" else f"{factor:g}"
+    place = Path(str(asked), name)
+    if place.is_dir():
         inner = place / "student"
-        return find_start(str(inner if inner.is_dir() else place), teacher, tokenizer, factor, None)
-    if asked not in (None, "none"):
-        place = Path(str(asked), f"{factor:g}")
-        inner = place / "student"
-        if place.is_dir():
-            found = str(inner if inner.is_dir() else place)
-            return find_start(found, teacher, tokenizer, factor, None)
-        if not Path(str(asked)).is_dir():
-            raise DataError(f"--stage1 {asked}: no such folder.")
-    return find_start("none" if asked == "none" else None, teacher, tokenizer, factor, None)
-
-
-def plan_of(teacher: Any, factor: float, start: Start | None) -> Plan:
-    """The shapes that all kinds have the size of: the stage-1 student's, or the planner's."""
-    if start is None:
-        return kronbert.plan(teacher, factor=factor, errors=False)
-    plan: Plan = student_from(start, teacher, factor=factor).kronecker_plan
-    return plan
+        source = str(inner if inner.is_dir() else place)
+        return find_start(source, teacher, tokenizer, factor, None)
+    found = None
+    if asked is None and kind == "kronbert-stage1":
+        found = find_start(None, teacher, tokenizer, factor, None)
+    if found is None:
+        raise DataError(f"kind {kind!r}: expected {name} in --stage1, got {asked!r}.")
+    return found
 
 
 def build(
@@ -67,22 +60,15 @@ def build(
     structure: str = "planned",
 ) -> Any:
     """A student of ``teacher``; calibration: batches for a fit to data, None for the weights.
-    structure: of the kinds kronbert and kronbert-nostage1, see `study_structures`."""
-    if kind == "svd-stage1" and start is not None:
+    structure: of the kind kronbert, see `study_structures`."""
+    if start is not None:
         return student_from(start, teacher, factor=factor)
-    if kind == "kronbert" and start is not None:
-        if structure != "planned":
-            raise DataError(
-                f"structure={structure!r}: {start.name} has its own shapes. Use the kind "
-                "kronbert-nostage1."
-            )
-        return student_from(start, teacher, factor=factor)
-    plan = plan_of(teacher, factor, start)
-    if kind in ("kronbert", "kronbert-nostage1"):
+    plan = kronbert.plan(teacher, factor=factor, errors=False)
+    if kind == "kronbert":
         plan = restructured(plan, structure)
     if kind == "dense":
         return two_layers(teacher, plan.parameters)
-    if kind in ("kronbert", "kronbert-nostage1"):
+    if kind == "kronbert":
         if calibration is None:
             return kronbert.convert(teacher, plan=plan)
         return kronbert.convert(teacher, plan=plan, init="data", calibration=calibration)
