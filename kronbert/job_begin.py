@@ -64,7 +64,6 @@ def hidden_error(student: Any, teacher: Any, batches: Sequence[Mapping[str, Any]
 
     Padding is left out. Both have the same depth and width."""
     total, tokens = 0.0, 0
-    states = []
     was_training = student.training
     student.eval()
     teacher.eval()

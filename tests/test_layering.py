@@ -138,8 +138,11 @@ TABLE = {
         outside="torch",
         outside_lazily="transformers",
     ),
+    "job_begin": Row(
+        "job_models job_start", lazily="conversion", outside="torch", outside_lazily="transformers"
+    ),
     "job": Row(
-        "errors config job_folder job_models job_rows job_settings job_start",
+        "errors config job_begin job_folder job_models job_rows job_settings job_start",
         lazily="conversion distill.* job_report",
         outside_lazily="transformers",
     ),
