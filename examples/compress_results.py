@@ -42,7 +42,7 @@ def row_of(report: dict[str, Any]) -> dict[str, Any]:
         "settings": settings,
         "start": None if start is None else {**start, "name": Path(start["name"]).name},
         **{key: report[key] for key in kept},
-        "history": {name: report["history"][name] for name in ("intermediate", "task")},
+        "history": {k: v for k, v in report["history"].items() if k in ("intermediate", "task")},
     }
 
 

@@ -48,8 +48,8 @@ def compress() -> str:
             *shown,
             f"{100 * run['retention']:.1f} %",
             ratios,
-            ", ".join(f"{name} {error:.2f}" for name, error in run["hidden_errors"].items()),
-            f"{sum(run['seconds'][name] for name in STEPS) / 60:.1f} min",
+            ", ".join(f"{k} {error:.2f}" for k, error in (run["hidden_errors"] or {}).items()),
+            f"{sum(run['seconds'].get(name, 0) for name in STEPS) / 60:.1f} min",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     seeds = ", ".join(sorted({str(run["settings"]["seed"]) for run in content["runs"]}))

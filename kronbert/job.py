@@ -305,25 +305,28 @@ class _Job:
         names += [one.name for one in self.on_task]
         before, after = names[names.index(stage.name) - 1], stage.name
         student, teacher = self._saved(before), self._saved("teacher")
-        rows = self._rows_of_stage2(teacher)
-        scored = self._scores(student, "student before stage 2", "--stage1-learning-rate")
+        rows, result = self.stage2_rows, {}
+        if stage is self.on_task[0]:
+            who = "student before stage 2"
+            result["scores_before"] = self._scores(student, who, "--stage1-learning-rate")
         history = self._train(student, teacher, stage, rows, after)
         scores = self._scores(student, "student", "--learning-rate")
         last = stage is self.on_task[-1]
         self.folder.save_model(student, self.tokenizer, "student" if last else after)
         return {
+            **result,
             "scores": scores,
-            "scores_before": scored,
             "rows": rows.source,
             "history": history,
             "stage": stage.to_dict(),
         }
 
-    def _rows_of_stage2(self, teacher: Any) -> Any:
+    @cached_property
+    def stage2_rows(self) -> Any:
         """The task's rows, and those without a label that the recipe or the settings add."""
         from .distill.data import tokenize
 
-        table = teacher.get_input_embeddings().weight.detach()
+        table = self._saved("teacher").get_input_embeddings().weight.detach()
         more = more_rows(self.data, self.settings, self.augment_to, self.tokenizer, table)
         if more is self.data:
             return self.rows

@@ -18,7 +18,9 @@ class CompressSettings:
     name or a folder of tables. factor or preset: as in `kronbert.convert`. None: the value of the
     recipe (factor: `kronbert.distill.recipes.kronbert`; preset: KroneckerBERT's), or, for the
     teacher, 1e-4 below 512 hidden units and 3e-5 from there on.
+    epochs: of stage 2's steps together; learning_rate: of their first; the others keep their share.
     student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it.
+    None: the nearer of a shipped one and of the teacher's own layers, fitted to its rows.
     augment: copies of every training row with words replaced, and unlabelled: text of the task's
     kind (as `kronbert.distill.unlabelled_text` takes it), which stage 2 reads beside the training
     rows without labels. augment None: the recipe's; 0: none."""
