@@ -188,3 +188,24 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(native, "_call", counted)
     return seen
+
+
+@pytest.fixture
+def mixed_student() -> torch.nn.Module:
+    """A word table 1 x 4, a feed-forward layer as a Kronecker pair, another one of low rank whose
+    matrices differ in size by 4, a sum of two balanced pairs."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    import kronbert
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=64, max_position_embeddings=24)  # fmt: skip
+    rules = {
+        "re:.*word_embeddings": "400x4⊗1x4",
+        "re:.*intermediate.dense": "32x8⊗2x2",
+        "re:.*layer.0.output.dense": {"rank": 2},
+        "re:.*attention.output.dense": "2·4x4⊗4x4",
+    }
+    student: torch.nn.Module = kronbert.convert(BertForSequenceClassification(config), rules=rules)
+    return student

@@ -5,9 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
 
-import kronbert
 from kronbert.distill import DistillArguments, DistillTrainer, Objective, Stage, Term
 from kronbert.distill.muon import MOMENTUM, RMS, Muon, direction, muon_parameters, orthogonal
 from kronbert.errors import DistillError
@@ -17,21 +15,7 @@ STAGE = Stage(name="task", objective=LABELS, learning_rate=1e-2, epochs=1, batch
               weight_decay=0.0, muon_rate=2.0)  # fmt: skip
 
 
-@pytest.fixture
-def student():
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64, max_position_embeddings=24)  # fmt: skip
-    rules = {
-        "re:.*word_embeddings": "400x4⊗1x4",
-        "re:.*intermediate.dense": "32x8⊗2x2",
-        "re:.*layer.0.output.dense": {"rank": 2},
-        "re:.*attention.output.dense": "2·4x4⊗4x4",
-    }
-    return kronbert.convert(BertForSequenceClassification(config), rules=rules)
-
-
-def a_trainer(student, folder, stage=STAGE, steps=8, **kwargs):
+def a_trainer(mixed_student, folder, stage=STAGE, steps=8, **kwargs):
     args = stage.to_arguments(
         folder, max_steps=steps, use_cpu=True, report_to="none", disable_tqdm=True,
         save_strategy=kwargs.pop("save", "no"), save_steps=4, **kwargs.pop("arguments", {}),
@@ -39,7 +23,7 @@ def a_trainer(student, folder, stage=STAGE, steps=8, **kwargs):
     rows = [{"input_ids": [3, 5 + i, 7], "attention_mask": [1] * 3, "labels": i % 2} for i in
             range(32)]  # fmt: skip
     return DistillTrainer(
-        student, args, teacher=None, objective=LABELS, train_dataset=rows, **kwargs
+        mixed_student, args, teacher=None, objective=LABELS, train_dataset=rows, **kwargs
     )
 
 
@@ -109,14 +93,14 @@ def test_two_steps_by_hand():
     assert torch.equal(other, twin)
 
 
-def test_who_takes_which_steps(student, tmp_path):
-    names = {id(p): name for name, p in student.named_parameters()}
-    chosen = {names[id(p)] for p in muon_parameters(student)}
+def test_who_takes_which_steps(mixed_student, tmp_path):
+    names = {id(p): name for name, p in mixed_student.named_parameters()}
+    chosen = {names[id(p)] for p in muon_parameters(mixed_student)}
     layer = "bert.encoder.layer.0"
     dense = ("attention.output.dense", "intermediate.dense", "output.dense")
     assert {f"{layer}.{name}.{letter}" for name in dense for letter in "ab"} <= chosen
     assert not [n for n in chosen if n.endswith("bias") or "embeddings" in n or "LayerNorm" in n]
-    trainer = a_trainer(student, tmp_path, replace(STAGE, embedding_rate=0.5, small_rate=8.0))
+    trainer = a_trainer(mixed_student, tmp_path, replace(STAGE, embedding_rate=0.5, small_rate=8.0))
     trainer.create_optimizer()
     groups = trainer.optimizer.param_groups
     assert sum(len(g["params"]) for g in groups) == len(names)
@@ -128,29 +112,31 @@ def test_who_takes_which_steps(student, tmp_path):
     assert rates["classifier.weight"] == (1e-2, False)
 
 
-def test_a_stopped_run_goes_on_the_same(student, tmp_path):
-    start = {name: p.detach().clone() for name, p in student.state_dict().items()}
-    a_trainer(student, tmp_path / "whole").train()
-    whole = {name: p.detach().clone() for name, p in student.state_dict().items()}
-    student.load_state_dict(start)
-    a_trainer(student, tmp_path / "run", save="steps").train()
-    student.load_state_dict(start)
-    again = a_trainer(student, tmp_path / "run", save="steps")
+def test_a_stopped_run_goes_on_the_same(mixed_student, tmp_path):
+    start = {name: p.detach().clone() for name, p in mixed_student.state_dict().items()}
+    a_trainer(mixed_student, tmp_path / "whole").train()
+    whole = {name: p.detach().clone() for name, p in mixed_student.state_dict().items()}
+    mixed_student.load_state_dict(start)
+    a_trainer(mixed_student, tmp_path / "run", save="steps").train()
+    mixed_student.load_state_dict(start)
+    again = a_trainer(mixed_student, tmp_path / "run", save="steps")
     again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
-    moved = [name for name, p in student.state_dict().items() if not torch.equal(p, start[name])]
+    moved = [
+        name for name, p in mixed_student.state_dict().items() if not torch.equal(p, start[name])
+    ]
     assert len(moved) > 10
-    for name, value in student.state_dict().items():
+    for name, value in mixed_student.state_dict().items():
         assert torch.equal(value, whole[name]), name
 
 
-def test_frozen_layers_stay_out(student, tmp_path):
-    student.bert.requires_grad_(False)
-    assert muon_parameters(student) == []
-    a_trainer(student, tmp_path).train()
+def test_frozen_layers_stay_out(mixed_student, tmp_path):
+    mixed_student.bert.requires_grad_(False)
+    assert muon_parameters(mixed_student) == []
+    a_trainer(mixed_student, tmp_path).train()
 
 
-def test_no_rate_no_muon(student, tmp_path):
-    trainer = a_trainer(student, tmp_path, replace(STAGE, muon_rate=None))
+def test_no_rate_no_muon(mixed_student, tmp_path):
+    trainer = a_trainer(mixed_student, tmp_path, replace(STAGE, muon_rate=None))
     trainer.create_optimizer()
     assert type(trainer.optimizer) is torch.optim.AdamW
 
@@ -163,12 +149,12 @@ def test_what_is_no_rate(value, tmp_path):
         DistillArguments(output_dir=str(tmp_path), muon_rate=value)
 
 
-def test_what_muon_does_not_go_with(student, tmp_path):
-    given = torch.optim.SGD(student.parameters(), lr=1.0)
+def test_what_muon_does_not_go_with(mixed_student, tmp_path):
+    given = torch.optim.SGD(mixed_student.parameters(), lr=1.0)
     with pytest.raises(DistillError, match=r"muon_rate.*rates of a given optimizer are its own"):
-        a_trainer(student, tmp_path, optimizers=(given, None)).train()
+        a_trainer(mixed_student, tmp_path, optimizers=(given, None)).train()
     with pytest.raises(DistillError, match="muon_rate with optim=sgd"):
-        a_trainer(student, tmp_path, arguments={"optim": "sgd"})
+        a_trainer(mixed_student, tmp_path, arguments={"optim": "sgd"})
     with pytest.raises(ValueError, match=r"expected stacks .* got \(3, 4\)"):
         Muon([{"params": [nn.Parameter(torch.zeros(3, 4))], "muon": True}])
 
