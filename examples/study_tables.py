@@ -54,7 +54,8 @@ def _table(
     sets: str = SCORES,
     titles: list[str] | None = None,
 ) -> str:
-    if not results.teachers:
+    """Students without a run of any of ``tasks`` are named below the table."""
+    if not any(task in results.teachers for task in tasks):
         return NONE
     heads = titles or [_task_title(results, task) for task in tasks]
     lines = _head(["factor", "student", "parameters", *heads, *(["mean", "kept"] if mean else [])])
@@ -66,8 +67,12 @@ def _table(
         base = {task: _commonest(results, task) for task in tasks}
         cells = [_commonest_cell(results, task, base[task]) for task in tasks]
         lines.append(_row(["", "always the commonest class", "", *cells, *(["", ""] * mean)]))
+    missing: dict[str, tuple[str, ...]] = {}
     for factor in results.factors():
         for kind, title in settings.KINDS.items():
+            if not any(results.scores(kind, factor, task, sets=sets) for task in tasks):
+                missing[title] = (*missing.get(title, ()), f"{factor:g}")
+                continue
             cells = [
                 _cell(
                     Spread.over(list(results.scores(kind, factor, task, sets=sets).values())),
@@ -80,7 +85,12 @@ def _table(
                 cells.append(_plain(results.mean_retained(kind, factor), " %"))
             size = _size(results.parameters(kind, factor, tasks))
             lines.append(_row([f"{factor:g}", title, size, *cells]))
-    return "\n".join([*lines, "", *_notes(results, tasks, sets)])
+    left_out = "".join(
+        f" Without a run yet at factor {' and '.join(at)}: "
+        f"{'; '.join(title for title, places in missing.items() if places == at)}."
+        for at in dict.fromkeys(missing.values())
+    )
+    return "\n".join([*lines, "", _notes(results, tasks, sets) + left_out])
 
 
 def ablations(results: Results) -> str:
@@ -110,7 +120,7 @@ def ablations(results: Results) -> str:
                 cells.append(said)
             changed = "" if tag == settings.MAIN else f"`{_changes(results, kind, factor, tag)}`"
             lines.append(_row([f"{factor:g}", settings.KINDS[kind], tag, changed, *cells]))
-    return "\n".join([*lines, "", *_notes(results, tuple(tasks), SCORES)])
+    return "\n".join([*lines, "", _notes(results, tuple(tasks), SCORES)])
 
 
 def _changes(results: Results, kind: str, factor: float, tag: str) -> str:
@@ -218,7 +228,7 @@ def _commonest_cell(results: Results, task: str, score: float | None) -> str:
     return _percent(score)
 
 
-def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> list[str]:
+def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
     """Where the figures come from: data, seeds, machines, versions and commits."""
     teachers = [row for row in results.teachers.values() if row["task"] in tasks]
     runs = [row for row in results.runs if row["task"] in tasks]
@@ -241,7 +251,7 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> list[str]:
     ]
     if results.content["limit"] is not None:
         said.append(f"A trial: at most {results.content['limit']} training rows.")
-    return [" ".join(said)]
+    return " ".join(said)
 
 
 def _list(rows: list[Mapping[str, Any]], of: Callable[[Mapping[str, Any]], str | None]) -> str:
