@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kronbert.distill.objectives import Objective, Term
     from kronbert.distill.rate_search import RateSearch, search_rates
     from kronbert.distill.recipes import Recipe
+    from kronbert.distill.splicing import splice
     from kronbert.distill.stages import Stage
     from kronbert.distill.taps import TapMap, Taps
     from kronbert.distill.tasks import compute_metrics
@@ -34,6 +35,7 @@ __all__ = [
     "load_task",
     "recipes",
     "search_rates",
+    "splice",
     "tokenize",
     "unlabelled_rows",
     "unlabelled_text",
@@ -54,6 +56,7 @@ _HOME = {
     "compute_metrics": "tasks",
     "load_task": "data",
     "search_rates": "rate_search",
+    "splice": "splicing",
     "tokenize": "data",
     "unlabelled_rows": "unlabelled",
     "unlabelled_text": "unlabelled",
