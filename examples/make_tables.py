@@ -86,6 +86,7 @@ def of_study(table: Callable[[Any], str]) -> Callable[[], str]:
 TABLES = {
     "compress": compress,
     "study": of_study(study.full_tasks),
+    "study_kept": of_study(study.kept),
     "study_subsets": of_study(study.subsets),
     "study_outside": of_study(study.outside),
     "study_ablation": of_study(study.ablations),

@@ -31,6 +31,24 @@ def full_tasks(results: Results) -> str:
     return _table(results, settings.FULL, mean=True)
 
 
+def kept(results: Results) -> str:
+    """What students keep of their teachers' scores, task by task; those with all five tasks."""
+    lines = _head(["factor", "student", *settings.FULL, "mean kept"])
+    empty = len(lines)
+    for factor in results.factors():
+        for kind, title in settings.KINDS.items():
+            mean = results.mean_retained(kind, factor)
+            if mean is None:
+                continue
+            spreads = (
+                Spread.over(list(results.retained(kind, factor, task).values()))
+                for task in settings.FULL
+            )
+            cells = ["" if one is None else f"{100 * one.mean:.1f} %" for one in spreads]
+            lines.append(_row([f"{factor:g}", title, *cells, _plain(mean, " %")]))
+    return "\n".join(lines) if len(lines) > empty else NONE
+
+
 def subsets(results: Results) -> str:
     """Tasks apart: trained, and partly scored, on subsets."""
     return _table(results, settings.PARTIAL, mean=False)

@@ -480,6 +480,14 @@ def test_table_shows_means_and_what_is_missing(modules, results):
     assert modules.tables.subsets(results) == "not measured"
 
 
+def test_short_table_has_students_with_every_task(modules, results):
+    head, _, *rows = rows_of(modules.tables.kept(results))
+    assert head == ["factor", "student", *modules.settings.FULL, "mean kept"]
+    assert rows == [["8", "**kronbert**", *["90.0 %"] * 5, "90.0 ± 1.3 %"]]
+    empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
+    assert modules.tables.kept(empty) == "not measured"
+
+
 def test_table_of_other_texts_names_them(modules, results):
     runs = [
         {**row, "outside": {"imdb": {"accuracy": 0.4}}, "outside_data": "imdb/test.tsv"}
