@@ -14,6 +14,7 @@ from kronbert.distill import (
     Stage,
     augment,
     load_task,
+    splice,
     tokenize,
     unlabelled_rows,
     unlabelled_text,
@@ -35,7 +36,12 @@ class Rows:
 
     @lru_cache(maxsize=1)  # noqa: B019 - one study lives as long as its process
     def _tokens(
-        self, task: str, copies: int | None, sentences: int, transfer: tuple[tuple[str, int], ...]
+        self,
+        task: str,
+        copies: int | None,
+        spliced: int,
+        sentences: int,
+        transfer: tuple[tuple[str, int], ...],
     ) -> TaskData:
         data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
         more = []
@@ -44,6 +50,8 @@ class Rows:
         if copies:
             table = open_model(self.options.model).get_input_embeddings().weight.detach()
             more.append(augment(data, self.tokenizer, table, copies=copies))
+        if spliced:
+            more.append(splice(data, count=spliced))
         if sentences:
             more.append(unlabelled_text(data.task, self._source(), limit=sentences))
         for name, limit in transfer:
@@ -55,9 +63,10 @@ class Rows:
     def tokens(self, task: str, training: Any = None) -> TaskData:
         """The task's rows, with those without a label that the training wants."""
         if training is None:
-            return self._tokens(task, 0, 0, ())
+            return self._tokens(task, 0, 0, 0, ())
         transfer = tuple(training.transfer.items())
-        return self._tokens(task, training.augment, training.text_rows, transfer)
+        own = (training.augment, training.splice)
+        return self._tokens(task, *own, training.text_rows, transfer)
 
     def text(self, data: TaskData, sentences: int) -> Any:
         if not sentences:

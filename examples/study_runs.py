@@ -136,6 +136,8 @@ class Study:
         return int(settings.teacher_of(task)["seed"])
 
     def _same(self, before: dict[str, Any], run: Run, path: Path) -> None:
+        if "training" in before:
+            before = {**before, "training": settings.completed(before["training"])}
         now = json.loads(json.dumps(self.asked(run)))
         if before != now:
             other = [k for k in {**before, **now} if before.get(k) != now.get(k)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,10 @@ class Training:
     are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
     init: of the kind kronbert, see `kronbert.convert`, on
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. augment: copies
-    per row with words replaced, None: as many as the recipe wants; text_rows: sentences of --text;
-    transfer: other tasks and how many of their training rows; all without labels, for stages that
-    read none. start: a task whose student of the same kind, factor, seed and tag it goes on from.
+    per row with words replaced, None: as many as the recipe wants; splice: rows made of two;
+    text_rows: sentences of --text; transfer: other tasks and how many of their training rows; all
+    without labels, for stages that read none. start: a task whose student of the same kind, factor,
+    seed and tag it goes on from.
     structure: of the kind kronbert, a key of `study_structures.STRUCTURES`.
     """
 
@@ -96,6 +97,7 @@ class Training:
     calibration_rows: int = FIT
     calibration_text: int = 0
     augment: int | None = None
+    splice: int = 0
     text_rows: int = 0
     transfer: Mapping[str, int] = field(default_factory=dict)
     start: str | None = None
@@ -112,10 +114,10 @@ class Training:
         labelled = all(one.objective.label_tap for one in stages)
         if self.augment is None and labelled:
             object.__setattr__(self, "augment", 0)
-        if labelled and (self.augment or self.text_rows or self.transfer):
+        if labelled and (self.augment or self.splice or self.text_rows or self.transfer):
             raise DistillError(
-                "augment, text_rows, transfer: rows without labels, but every stage learns from "
-                "labels. Drop the term 'labels' from one."
+                "augment, splice, text_rows, transfer: rows without labels, but every stage learns "
+                "from labels. Drop the term 'labels' from one."
             )
         names = [stage.name for stage in stages]
         if len(set(names)) < len(names):
@@ -141,6 +143,12 @@ class Training:
         """Plain dictionaries, lists, strings and numbers."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return found
+
+
+def completed(training: Mapping[str, Any]) -> dict[str, Any]:
+    """`Training.to_dict` of an earlier time: a field that it lacks had its default."""
+    known = {one.name: one.default for one in fields(Training) if one.default is not MISSING}
+    return {**known, **training}
 
 
 def _answers(stage: Mapping[str, Any]) -> list[Any]:

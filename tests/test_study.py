@@ -204,6 +204,19 @@ def test_a_result_of_other_settings_is_refused_or_kept(modules, options, counted
     assert counted == ["teacher", "task"]
 
 
+def test_a_result_from_before_a_setting_existed_counts(modules, options, counted):
+    made(modules, options)
+    path = Path(options.output) / "sst2/main/kronbert-3-seed1/result.json"
+    told = json.loads(path.read_text())
+    del told["asked"]["training"]["splice"]
+    path.write_text(json.dumps(told))
+    made(modules, options)
+    assert counted == ["teacher", "task"]
+    Path(options.stage).write_text(json.dumps({**SMALL, "splice": 5}))
+    with pytest.raises(DistillError, match=r"other settings \(training, changes\)"):
+        made(modules, options)
+
+
 def test_a_killed_run_goes_on_to_the_same_scores(modules, options, monkeypatch):
     whole = made(modules, options)["kronbert"]
     folder = Path(options.output) / "sst2/main/kronbert-3-seed1"
@@ -303,12 +316,13 @@ def test_several_stages_text_cache_and_copies(modules, options, counted, tmp_pat
     soft["cache_teacher"] = True
     hard = {**hidden, "name": "hard", "objective": {"terms": [{"tap": "labels"}]}}  # no bare rows
     told = {**SMALL, "stages": [hidden, soft, hard], "augment": 2, "text_rows": 12,
-            "transfer": {"mnli": 7}, "calibration_text": 10}  # fmt: skip
+            "transfer": {"mnli": 7}, "calibration_text": 10, "splice": 9}  # fmt: skip
     told = {k: v for k, v in told.items() if k not in ("epochs", "batch_size")}
     Path(options.stage).write_text(json.dumps(told))
     row = made(modules, options)["kronbert"]
     assert counted == ["teacher", "hidden", "task", "hard"]
-    assert row["rows"] > 64 + 12 + 64 + 7
+    assert row["rows"] > 64 + 12 + 64 + 7 + 9
+    assert row["data"].endswith(f"; {row['rows'] - 64} rows without a label")
     assert "rows without a label" in row["data"]
     assert {step["stage"] for step in row["history"]} == {"hidden", "task", "hard"}
     assert len(list((Path(options.output) / "sst2/teacher-logits").glob("*.npy"))) == 1
