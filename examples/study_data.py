@@ -21,11 +21,11 @@ from kronbert.distill import (
     with_unlabelled,
 )
 from kronbert.distill.data import TaskData
-from kronbert.distill.recipes.kronbert import AUGMENT_TO
+from kronbert.distill.recipes.kronbert import ROWS_WANTED
 from kronbert.distill.text import read_table
 from kronbert.errors import DataError
 from kronbert.job_models import open_model
-from kronbert.job_rows import copies_for
+from kronbert.job_rows import splices_for
 
 
 class Rows:
@@ -38,15 +38,15 @@ class Rows:
     def _tokens(
         self,
         task: str,
-        copies: int | None,
-        spliced: int,
+        spliced: int | None,
+        copies: int,
         sentences: int,
         transfer: tuple[tuple[str, int], ...],
     ) -> TaskData:
         data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
         more = []
-        if copies is None:
-            copies = copies_for(len(data.train), AUGMENT_TO)
+        if spliced is None:
+            spliced = splices_for(len(data.train), ROWS_WANTED)
         if copies:
             table = open_model(self.options.model).get_input_embeddings().weight.detach()
             more.append(augment(data, self.tokenizer, table, copies=copies))
@@ -65,7 +65,7 @@ class Rows:
         if training is None:
             return self._tokens(task, 0, 0, 0, ())
         transfer = tuple(training.transfer.items())
-        own = (training.augment, training.splice)
+        own = (training.splice, training.augment)
         return self._tokens(task, *own, training.text_rows, transfer)
 
     def text(self, data: TaskData, sentences: int) -> Any:

@@ -82,8 +82,8 @@ class Training:
     stages: one after another, as `Stage.to_dict` without seed; the last has the rate that `rates`
     are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
     init: of the kind kronbert, see `kronbert.convert`, on
-    ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. augment: copies
-    per row with words replaced, None: as many as the recipe wants; splice: rows made of two;
+    ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. splice: rows
+    made of two, None: as many as the recipe wants; augment: copies per row with words replaced;
     text_rows: sentences of --text; transfer: other tasks and how many of their training rows; all
     without labels, for stages that read none. start: a task whose student of the same kind, factor,
     seed and tag it goes on from.
@@ -96,8 +96,8 @@ class Training:
     init: str = "data"
     calibration_rows: int = FIT
     calibration_text: int = 0
-    augment: int | None = None
-    splice: int = 0
+    splice: int | None = None
+    augment: int = 0
     text_rows: int = 0
     transfer: Mapping[str, int] = field(default_factory=dict)
     start: str | None = None
@@ -112,8 +112,8 @@ class Training:
             raise DistillError("stages: expected one or more.")
         stages = self.stages_of("kronbert", seed=0)
         labelled = all(one.objective.label_tap for one in stages)
-        if self.augment is None and labelled:
-            object.__setattr__(self, "augment", 0)
+        if self.splice is None and labelled:
+            object.__setattr__(self, "splice", 0)
         if labelled and (self.augment or self.splice or self.text_rows or self.transfer):
             raise DistillError(
                 "augment, splice, text_rows, transfer: rows without labels, but every stage learns "

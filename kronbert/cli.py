@@ -125,9 +125,10 @@ def compress(
     stage1_words: Annotated[int | None, typer.Option(help="stop reading it after so many")] = None,
     stage1_epochs: Annotated[float | None, typer.Option()] = None,
     stage1_learning_rate: Annotated[float | None, typer.Option()] = None,
-    augment: Annotated[
-        int | None, typer.Option(help="copies per row with words replaced; default: the recipe's")
+    splice: Annotated[
+        int | None, typer.Option(help="rows made of two training rows; default: the recipe's")
     ] = None,
+    augment: Annotated[int, typer.Option(help="copies of every row with words replaced")] = 0,
     unlabelled: Annotated[
         str | None, typer.Option(help="more text of the task's kind, without labels")
     ] = None,
@@ -159,6 +160,7 @@ def compress(
         stage1_words=stage1_words,
         stage1_epochs=stage1_epochs,
         stage1_learning_rate=stage1_learning_rate,
+        splice=splice,
         augment=augment,
         unlabelled=unlabelled,
         epochs=epochs,

@@ -11,10 +11,10 @@ from .errors import DataError
 from .job_settings import CompressSettings
 
 SAMPLE = 64
-"""Training rows that are changed once to see whether they can be."""
+"""Training rows of which some others are made, to see whether that can be done."""
 
-MOST_COPIES = 20
-"""Of one training row with words replaced, as TinyBERT takes at most 30."""
+MOST_SPLICES = 20
+"""Per training row, at most."""
 
 
 def open_data(
@@ -39,32 +39,30 @@ def open_data(
     return load_folder(task, text=text_columns, label=label_column, limit=limit, seed=seed)
 
 
-def copies_for(rows: int, augment_to: int) -> int:
-    """Changed copies per row that make ``rows`` ``augment_to`` or more, at most `MOST_COPIES`."""
-    return max(0, min(MOST_COPIES, -(-augment_to // rows) - 1))
+def splices_for(rows: int, wanted: int) -> int:
+    """What ``rows`` training rows lack of ``wanted``, at most `MOST_SPLICES` per row."""
+    return max(0, min(MOST_SPLICES * rows, wanted - rows))
 
 
 def check_more_rows(
-    data: Any, settings: CompressSettings, augment_to: int, tokenizer: Any, table: Tensor
+    data: Any, settings: CompressSettings, rows_wanted: int, tokenizer: Any, table: Tensor
 ) -> None:
     """Raise `DataError`, before anything is trained, if `more_rows` could not make its rows."""
-    copies = settings.augment
-    if copies is None:
-        copies = copies_for(len(data.train), augment_to)
-    head = data.train.select(range(min(SAMPLE, len(data.train))))
-    once = replace(settings, augment=min(copies, 1))
+    head = replace(data, train=data.train.select(range(min(SAMPLE, len(data.train)))))
+    spliced = min(_splices(data, settings, rows_wanted), 1)
+    once = replace(settings, splice=0, augment=min(settings.augment, 1))
+    more_rows(head, once, 0, tokenizer, table, text_rows=1)
     try:
-        more_rows(replace(data, train=head), once, 0, tokenizer, table, text_rows=1)
+        more_rows(head, replace(once, splice=spliced, augment=0, unlabelled=None), 0, tokenizer,
+                  table)  # fmt: skip
     except DataError as error:
-        if settings.augment is not None or not copies:
-            raise
-        raise DataError(f"{error} Or leave the rows as they are: --augment 0.") from error
+        raise DataError(f"{error} Or leave the rows as they are: --splice 0.") from error
 
 
 def more_rows(
     data: Any,
     settings: CompressSettings,
-    augment_to: int,
+    rows_wanted: int,
     tokenizer: Any,
     table: Tensor,
     *,
@@ -72,18 +70,24 @@ def more_rows(
 ) -> Any:
     """``data`` with the rows without a label that the settings ask for; itself if there are none.
 
-    augment_to: how many rows the recipe wants, unless settings.augment says how many copies. table:
+    rows_wanted: how many rows the recipe wants, unless settings.splice says how many to add. table:
     the teacher's word embeddings (entries, width), whose neighbours replace words. text_rows: of
     settings.unlabelled, at most."""
     from .distill.augmentation import augment
+    from .distill.splicing import splice
     from .distill.unlabelled import unlabelled_text, with_unlabelled
 
     extra = []
-    copies = settings.augment
-    if copies is None:
-        copies = copies_for(len(data.train), augment_to)
-    if copies > 0:
-        extra.append(augment(data, tokenizer, table, copies=copies, seed=settings.seed))
+    if spliced := _splices(data, settings, rows_wanted):
+        extra.append(splice(data, count=spliced, seed=settings.seed))
+    if settings.augment:
+        extra.append(augment(data, tokenizer, table, copies=settings.augment, seed=settings.seed))
     if settings.unlabelled is not None:
         extra.append(unlabelled_text(data.task, settings.unlabelled, limit=text_rows))
     return with_unlabelled(data, *extra)
+
+
+def _splices(data: Any, settings: CompressSettings, rows_wanted: int) -> int:
+    if settings.splice is not None:
+        return settings.splice
+    return splices_for(len(data.train), rows_wanted)

@@ -21,9 +21,10 @@ class CompressSettings:
     epochs: of stage 2's steps together; learning_rate: of their first; the others keep their share.
     student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it.
     None: the nearer of a shipped one and of the teacher's own layers, fitted to its rows.
-    augment: copies of every training row with words replaced, and unlabelled: text of the task's
-    kind (as `kronbert.distill.unlabelled_text` takes it), which stage 2 reads beside the training
-    rows without labels. augment None: the recipe's; 0: none."""
+    Rows without labels that stage 2 reads beside the training rows: splice: rows made of two
+    training rows, None: as many as the recipe wants; augment: copies of every training row with
+    words replaced; unlabelled: text of the task's kind, as `kronbert.distill.unlabelled_text` takes
+    it."""
 
     model: str
     task: str
@@ -42,7 +43,8 @@ class CompressSettings:
     batch_size: int | None = None
     max_length: int | None = None
     student: str | None = None
-    augment: int | None = None
+    splice: int | None = None
+    augment: int = 0
     unlabelled: str | None = None
     teacher_epochs: float = 3
     teacher_learning_rate: float | None = None
@@ -64,11 +66,12 @@ class CompressSettings:
                 "compress: student= and stage1_text=: a student has learnt general text already. "
                 "Give one of the two."
             )
-        if self.augment is not None and self.augment < 0:
-            raise PlanError(f"compress(augment={self.augment}): expected copies, 0 or more.")
-        if self.preset is not None and (self.augment or self.unlabelled):
+        for key in ("splice", "augment"):
+            if (getattr(self, key) or 0) < 0:
+                raise PlanError(f"compress({key}={getattr(self, key)}): expected 0 or more.")
+        if self.preset is not None and (self.splice or self.augment or self.unlabelled):
             raise PlanError(
-                "compress: augment= and unlabelled= give rows without labels, from which "
+                "compress: splice=, augment= and unlabelled= give rows without labels, from which "
                 "KroneckerBERT's recipe, that of preset=, cannot learn. Give factor= instead."
             )
         if self.text_columns is not None:

@@ -27,7 +27,7 @@ from kronbert.job_rows import more_rows
 ROOT = Path(__file__).resolve().parent.parent
 # 16 rows a step, 256 rows: 16 steps an epoch.
 SHORT = {"teacher_epochs": 3, "teacher_learning_rate": 3e-3, "epochs": 4, "learning_rate": 3e-3,
-         "batch_size": 16, "precision": "fp32", "augment": 0}  # fmt: skip
+         "batch_size": 16, "precision": "fp32", "splice": 0}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -493,8 +493,10 @@ def test_rows_without_a_label_that_cannot_be(refuse, tiny_task, tmp_path):
     for name in ("train", "dev"):
         rows = [f"{i} {i + 1}\t{('good', 'bad')[i % 2]}" for i in range(20)]
         (numbers / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
-    match = "no word of the training rows can be replaced.* --augment 0"
-    refuse(DataError, match, task=str(numbers), augment=None)
+    match = "no word of the training rows can be replaced"
+    refuse(DataError, match, task=str(numbers), augment=1)
+    match = "1 training rows, expected 2 or more.* --splice 0"
+    refuse(DataError, match, limit=1, splice=None)
 
 
 def test_architecture_without_taps(refuse, tiny_bert, tmp_path):
@@ -561,8 +563,9 @@ def test_stage_2_reads_rows_without_a_label(tiny_bert, tiny_task, tmp_path):
     assert 256 + 3 <= more <= 2 * 256 + 3
     with pytest.raises(PlanError, match="from which KroneckerBERT's recipe"):
         CompressSettings(model="m", task="t", output="o", preset="k8", augment=2)
-    with pytest.raises(PlanError, match="expected copies, 0 or more"):
-        CompressSettings(model="m", task="t", output="o", factor=8, augment=-1)
+    for key in ("augment", "splice"):
+        with pytest.raises(PlanError, match=rf"compress\({key}=-1\): expected 0 or more"):
+            CompressSettings(model="m", task="t", output="o", factor=8, **{key: -1})
 
 
 def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
@@ -571,12 +574,12 @@ def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
         CompressSettings(model="m", task="t", output="o", factor=8),
     )
     tokenizer, table = AutoTokenizer.from_pretrained(tiny_bert), torch.randn(1000, 8)
-    for wanted, copies in ((256, 0), (257, 1), (1000, 3), (10**6, 20)):
+    for wanted, spliced in ((256, 0), (257, 1), (1000, 744), (10**6, 20 * 256)):
         found = more_rows(data, settings, wanted, tokenizer, table)
-        if not copies:
-            assert found is data
-        else:
-            assert 256 * copies / 2 < len(found.unlabelled) <= 256 * copies
+        assert len(found.unlabelled or ()) == spliced
+    assert more_rows(data, replace(settings, splice=0), 1000, tokenizer, table) is data
+    found = more_rows(data, replace(settings, splice=7, augment=2), 1000, tokenizer, table)
+    assert 7 + 256 < len(found.unlabelled) <= 7 + 2 * 256
 
 
 def test_settings_survive_json():

@@ -67,7 +67,7 @@ def glue(tmp_path_factory):
 
 LAST = {k: v for k, v in task_stages("sst2")[-1].to_dict().items() if k != "seed"}
 SMALL = {"stages": [LAST], "epochs": 1, "batch_size": 16, "rates": [1e-3],
-         "calibration_rows": 32, "augment": 0}  # fmt: skip
+         "calibration_rows": 32, "splice": 0}  # fmt: skip
 
 
 @pytest.fixture
@@ -208,11 +208,11 @@ def test_a_result_from_before_a_setting_existed_counts(modules, options, counted
     made(modules, options)
     path = Path(options.output) / "sst2/main/kronbert-3-seed1/result.json"
     told = json.loads(path.read_text())
-    del told["asked"]["training"]["splice"]
+    del told["asked"]["training"]["structure"]
     path.write_text(json.dumps(told))
     made(modules, options)
     assert counted == ["teacher", "task"]
-    Path(options.stage).write_text(json.dumps({**SMALL, "splice": 5}))
+    Path(options.stage).write_text(json.dumps({**SMALL, "structure": "svd"}))
     with pytest.raises(DistillError, match=r"other settings \(training, changes\)"):
         made(modules, options)
 

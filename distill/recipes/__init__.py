@@ -14,15 +14,15 @@ from kronbert.errors import DistillError, near
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Stages in the order they are trained, each starting from the student of the one before.
-    paper: where they come from. notes: what the paper leaves open. augment_to: rows that stage 2
-    wants at least, filled up with copies of the training rows whose words are replaced (`augment`);
-    0: the training rows alone."""
+    paper: where they come from. notes: what the paper leaves open. rows_wanted: by stage 2
+    at least, filled up with rows made of two training rows (`splice`); 0: the training rows alone.
+    """
 
     name: str
     paper: str
     stages: tuple[Stage, ...]
     notes: str = ""
-    augment_to: int = 0
+    rows_wanted: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -48,7 +48,7 @@ class Recipe:
             "paper": self.paper,
             "stages": [stage.to_dict() for stage in self.stages],
             "notes": self.notes,
-            "augment_to": self.augment_to,
+            "rows_wanted": self.rows_wanted,
         }
 
     @classmethod

@@ -11,7 +11,7 @@ from kronbert.distill.stages import Stage
 LARGE = ("sst2", "qnli", "qqp", "mnli")
 """GLUE's larger training sets: 1.5 passes in batches of 64, which short sentences fill better."""
 
-AUGMENT_TO = 20_000
+ROWS_WANTED = 20_000
 """Rows of stage 2, of which small sets have 2.5 passes. A student 8 times smaller that learns from
 MRPC's 3,668 alone knows them by heart: its dev loss rises within three passes."""
 
@@ -107,5 +107,5 @@ def kronbert(
             general_stage(mlm=mlm, max_length=max_length),
             *task_stages(task, regression=regression, max_length=max_length),
         ),
-        augment_to=AUGMENT_TO,
+        rows_wanted=ROWS_WANTED,
     )
