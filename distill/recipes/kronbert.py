@@ -13,7 +13,8 @@ LARGE = ("sst2", "qnli", "qqp", "mnli")
 
 ROWS_WANTED = 20_000
 """Rows of stage 2, of which small sets have 2.5 passes. A student 8 times smaller that learns from
-MRPC's 3,668 alone knows them by heart: its dev loss rises within three passes."""
+MRPC's 3,668 alone knows them by heart: its dev loss rises within three passes. What is lacking is
+spliced from two rows each: copies with words replaced teach it the same rows again."""
 
 REGRESSION = ("stsb",)
 
