@@ -505,6 +505,9 @@ if trainer.is_world_process_zero():
     torch.save(student.state_dict(), {out!r} + "/weights.pt")
     with open({out!r} + "/log.json", "w") as file:
         json.dump(t.logged(trainer), file)
+# Else gloo's threads may outlive the interpreter: "terminate called without an active exception".
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
