@@ -22,7 +22,7 @@ def splice(data: TaskData, *, count: int, seed: int = 0) -> datasets.Dataset:
     Two rows are drawn, and a share in [0, 1): every text of the new row has that share of the
     first one's words (one at least), then what follows the same share of the second one's (one at
     least). The texts of a pair are cut alike, so that they stay about as like each other. Words
-    are what stands between blanks.
+    are what stands between blanks: of a language without blanks two whole texts are joined.
 
     A teacher knows its training rows by heart, and a student that learns from these, or from
     copies with a few words changed, learns them as well. It answers other rows as the teacher does
