@@ -21,7 +21,7 @@ from kronbert.distill import (
     with_unlabelled,
 )
 from kronbert.distill.data import TaskData
-from kronbert.distill.recipes.kronbert import ROWS_WANTED
+from kronbert.distill.recipes.kronbert import tokens_wanted
 from kronbert.distill.text import read_table
 from kronbert.errors import DataError
 from kronbert.job_models import open_model
@@ -46,7 +46,7 @@ class Rows:
         data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
         more = []
         if spliced is None:
-            spliced = splices_for(len(data.train), ROWS_WANTED)
+            spliced = splices_for(data, self.tokenizer, tokens_wanted(task))
         if copies:
             table = open_model(self.options.model).get_input_embeddings().weight.detach()
             more.append(augment(data, self.tokenizer, table, copies=copies))

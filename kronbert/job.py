@@ -78,7 +78,7 @@ class _Job:
         if not folder.done("teacher"):
             self.dense = self._open_dense()
             table = self.dense[0].get_input_embeddings().weight.detach()
-            check_more_rows(self.data, settings, self.rows_wanted, self.tokenizer, table)
+            check_more_rows(self.data, settings, self.tokens_wanted, self.tokenizer, table)
         self.rows = tokenize(self.data, self.tokenizer, self.max_length)
         if settings.stage1_text and not folder.done("stage1"):
             _ = self.blocks
@@ -113,7 +113,7 @@ class _Job:
             recipe = kroneckerbert(settings.preset, task=name, mlm=self.masked)
         else:
             recipe = kronbert(task=name, regression=regression, mlm=self.masked, max_length=length)
-        self.rows_wanted = recipe.rows_wanted
+        self.tokens_wanted = recipe.tokens_wanted
         steps = [stage for stage in recipe.stages if stage.name != "general"]
         passes, rate = sum(stage.epochs for stage in steps), steps[0].learning_rate
         self.on_task = [
@@ -327,7 +327,7 @@ class _Job:
         from .distill.data import tokenize
 
         table = self._saved("teacher").get_input_embeddings().weight.detach()
-        more = more_rows(self.data, self.settings, self.rows_wanted, self.tokenizer, table)
+        more = more_rows(self.data, self.settings, self.tokens_wanted, self.tokenizer, table)
         if more is self.data:
             return self.rows
         return tokenize(more, self.tokenizer, self.max_length)

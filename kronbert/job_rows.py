@@ -13,6 +13,9 @@ from .job_settings import CompressSettings
 SAMPLE = 64
 """Training rows of which some others are made, to see whether that can be done."""
 
+MEASURED = 1024
+"""Training rows whose tokens are counted."""
+
 MOST_SPLICES = 20
 """Per training row, at most."""
 
@@ -39,17 +42,26 @@ def open_data(
     return load_folder(task, text=text_columns, label=label_column, limit=limit, seed=seed)
 
 
-def splices_for(rows: int, wanted: int) -> int:
-    """What ``rows`` training rows lack of ``wanted``, at most `MOST_SPLICES` per row."""
-    return max(0, min(MOST_SPLICES * rows, wanted - rows))
+def splices_for(data: Any, tokenizer: Any, wanted: int, max_length: int | None = None) -> int:
+    """How many rows the training set lacks to hold ``wanted`` tokens, at most `MOST_SPLICES` for
+    each that it has. Its tokens are counted on `MEASURED` rows drawn at random."""
+    from .distill.data import tokenize
+
+    rows = len(data.train)
+    if not wanted or not rows:
+        return 0
+    drawn = data.train.shuffle(seed=0).select(range(min(MEASURED, rows)))
+    sample = replace(data, train=drawn, validation={}, unlabelled=None)
+    lengths = [len(row) for row in tokenize(sample, tokenizer, max_length).train["input_ids"]]
+    return max(0, min(MOST_SPLICES * rows, wanted * len(lengths) // sum(lengths) - rows))
 
 
 def check_more_rows(
-    data: Any, settings: CompressSettings, rows_wanted: int, tokenizer: Any, table: Tensor
+    data: Any, settings: CompressSettings, tokens_wanted: int, tokenizer: Any, table: Tensor
 ) -> None:
     """Raise `DataError`, before anything is trained, if `more_rows` could not make its rows."""
     head = replace(data, train=data.train.select(range(min(SAMPLE, len(data.train)))))
-    spliced = min(_splices(data, settings, rows_wanted), 1)
+    spliced = min(_splices(data, settings, tokens_wanted, tokenizer), 1)
     once = replace(settings, splice=0, augment=min(settings.augment, 1))
     more_rows(head, once, 0, tokenizer, table, text_rows=1)
     try:
@@ -62,7 +74,7 @@ def check_more_rows(
 def more_rows(
     data: Any,
     settings: CompressSettings,
-    rows_wanted: int,
+    tokens_wanted: int,
     tokenizer: Any,
     table: Tensor,
     *,
@@ -70,15 +82,15 @@ def more_rows(
 ) -> Any:
     """``data`` with the rows without a label that the settings ask for; itself if there are none.
 
-    rows_wanted: how many rows the recipe wants, unless settings.splice says how many to add. table:
-    the teacher's word embeddings (entries, width), whose neighbours replace words. text_rows: of
-    settings.unlabelled, at most."""
+    tokens_wanted: how many the recipe wants, unless settings.splice says how many rows to add.
+    table: the teacher's word embeddings (entries, width), whose neighbours replace words.
+    text_rows: of settings.unlabelled, at most."""
     from .distill.augmentation import augment
     from .distill.splicing import splice
     from .distill.unlabelled import unlabelled_text, with_unlabelled
 
     extra = []
-    if spliced := _splices(data, settings, rows_wanted):
+    if spliced := _splices(data, settings, tokens_wanted, tokenizer):
         extra.append(splice(data, count=spliced, seed=settings.seed))
     if settings.augment:
         extra.append(augment(data, tokenizer, table, copies=settings.augment, seed=settings.seed))
@@ -87,7 +99,7 @@ def more_rows(
     return with_unlabelled(data, *extra)
 
 
-def _splices(data: Any, settings: CompressSettings, rows_wanted: int) -> int:
+def _splices(data: Any, settings: CompressSettings, wanted: int, tokenizer: Any) -> int:
     if settings.splice is not None:
         return settings.splice
-    return splices_for(len(data.train), rows_wanted)
+    return splices_for(data, tokenizer, wanted, settings.max_length)

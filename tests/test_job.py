@@ -20,6 +20,7 @@ from kronbert import job as job_module
 from kronbert import job_report
 from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.finetune import evaluate
+from kronbert.distill.recipes.kronbert import kronbert as own_recipe
 from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
 from kronbert.job_rows import more_rows
@@ -574,12 +575,21 @@ def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
         CompressSettings(model="m", task="t", output="o", factor=8),
     )
     tokenizer, table = AutoTokenizer.from_pretrained(tiny_bert), torch.randn(1000, 8)
-    for wanted, spliced in ((256, 0), (257, 1), (1000, 744), (10**6, 20 * 256)):
-        found = more_rows(data, settings, wanted, tokenizer, table)
-        assert len(found.unlabelled or ()) == spliced
-    assert more_rows(data, replace(settings, splice=0), 1000, tokenizer, table) is data
-    found = more_rows(data, replace(settings, splice=7, augment=2), 1000, tokenizer, table)
+    own = sum(map(len, tokenize(data, tokenizer).train["input_ids"]))
+    for wanted in (0, own, own + 300, 4 * own):
+        more = more_rows(data, settings, wanted, tokenizer, table)
+        assert (more is data) == (wanted <= own)
+        tokens = tokenize(more, tokenizer)
+        parts = (tokens.train, tokens.unlabelled or ())
+        held = sum(len(row["input_ids"]) for part in parts for row in part)
+        assert 0.9 * max(wanted, own) < held < 1.1 * max(wanted, own)
+    assert len(more_rows(data, settings, 10**6, tokenizer, table).unlabelled) == 20 * 256
+    short = replace(settings, max_length=4)
+    assert len(more_rows(data, short, 4 * 256 + 8, tokenizer, table).unlabelled) == 2
+    assert more_rows(data, replace(settings, splice=0), 10**6, tokenizer, table) is data
+    found = more_rows(data, replace(settings, splice=7, augment=2), 10**6, tokenizer, table)
     assert 7 + 256 < len(found.unlabelled) <= 7 + 2 * 256
+    assert own_recipe(task="mrpc").tokens_wanted > 0 == own_recipe(task="sst2").tokens_wanted
 
 
 def test_settings_survive_json():

@@ -14,15 +14,15 @@ from kronbert.errors import DistillError, near
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Stages in the order they are trained, each starting from the student of the one before.
-    paper: where they come from. notes: what the paper leaves open. rows_wanted: by stage 2
-    at least, filled up with rows made of two training rows (`splice`); 0: the training rows alone.
-    """
+    paper: where they come from. notes: what the paper leaves open. tokens_wanted: in
+    the rows of stage 2; a smaller training set is filled up with rows made of two of its own
+    (`splice`). 0: the training rows alone."""
 
     name: str
     paper: str
     stages: tuple[Stage, ...]
     notes: str = ""
-    rows_wanted: int = 0
+    tokens_wanted: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -48,7 +48,7 @@ class Recipe:
             "paper": self.paper,
             "stages": [stage.to_dict() for stage in self.stages],
             "notes": self.notes,
-            "rows_wanted": self.rows_wanted,
+            "tokens_wanted": self.tokens_wanted,
         }
 
     @classmethod
