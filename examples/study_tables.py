@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -254,22 +255,38 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
     data = "outside_data" if sets == OUTSIDE else "data"
     seeds = sorted({row["seed"] for row in runs})
     starts = sorted({row["start"]["name"] for row in runs if row["start"]})
+    learnt = {
+        task: sorted({row["rows"] for row in runs if row["task"] == task and "rows" in row})
+        for task in tasks
+    }
     said = [
         "Scores of the last step"
         + (" on dev sets" if sets == SCORES else " on texts of another origin")
         + "; mean ± standard deviation over seeds"
         + (f" {', '.join(map(str, seeds))}" if seeds else "")
         + "; percent: student / teacher.",
-        f"Data: {_list(rows, lambda row: row.get(data))}.",
+        f"Data: {_list(rows, lambda row: _files(row.get(data)))}.",
         f"Started from: {', '.join(starts) or 'no stage-1 student'}.",
         f"Machines: {_list(rows, lambda row: row['machine'])}; torch "
         f"{_list(rows, lambda row: row['versions']['torch'])}, transformers "
         f"{_list(rows, lambda row: row['versions']['transformers'])}; commits "
         f"{_list(rows, lambda row: row['commit'][:8])}.",
     ]
+    if sets == SCORES and any(learnt.values()):
+        counts = "; ".join(
+            f"{task} {' or '.join(f'{count:,}' for count in found)}"
+            for task, found in learnt.items()
+            if found
+        )
+        said.insert(2, f"Rows of which students learnt: {counts}.")
     if results.content["limit"] is not None:
         said.append(f"A trial: at most {results.content['limit']} training rows.")
     return " ".join(said)
+
+
+def _files(data: str | None) -> str | None:
+    """What a run read, without the number of rows without a label, which counts say."""
+    return data and re.sub(r"; \d+ rows without a label", "", data)
 
 
 def _list(rows: list[Mapping[str, Any]], of: Callable[[Mapping[str, Any]], str | None]) -> str:
