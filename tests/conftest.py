@@ -12,11 +12,14 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import importlib
 import importlib.util
 import random
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,3 +212,54 @@ def mixed_student() -> torch.nn.Module:
     }
     student: torch.nn.Module = kronbert.convert(BertForSequenceClassification(config), rules=rules)
     return student
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small lose by a second thread; the job's killed command has one, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def hurried_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main job times latency for a moment only: its figures are not read."""
+    from kronbert import job_report
+
+    full = job_report.report
+    monkeypatch.setattr(job_report, "report", lambda *a, **k: full(*a, **{**k, "seconds": 0.05}))
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_bert: Path, tiny_task: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None
+) -> tuple[Path, Any, dict[str, Any], list[str]]:
+    """(folder, settings, report.json's content, what was said) of an uninterrupted main job."""
+    from kronbert import job_report
+    from kronbert.job import compress
+    from tests.job_runs import settings_for
+
+    folder = tmp_path_factory.mktemp("jobs") / "whole"
+    settings = settings_for(tiny_bert, tiny_task, folder)
+    said: list[str] = []
+    full = job_report.report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_report, "report", lambda *a, **k: full(*a, **{**k, "seconds": 0.05}))
+        content = compress(settings, said.append)
+    return folder, settings, content, said
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[Namespace]:
+    """The GLUE study's modules, imported as the scripts import them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        names = ("study_settings", "study_students", "study_provenance", "study_data", "study_runs",
+                 "study_results", "study_tables")  # fmt: skip
+        found = {n.removeprefix("study_"): importlib.import_module(n) for n in names}
+        found["main"] = importlib.import_module("glue_study")
+        yield Namespace(**found)
+        for name in (*names, "glue_study"):
+            sys.modules.pop(name)

@@ -1,42 +1,21 @@
-"""The GLUE study on a tiny BERT: sizes, skipping, resuming, locks, collecting, tables, picture."""
+"""The GLUE study on a tiny BERT: its runs, skipping, resuming, locks, collecting."""
 
-import importlib
 import json
 import random
 import shutil
-import sys
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
-from matplotlib.image import imread
-from transformers import AutoModelForSequenceClassification, BertConfig
 
-import kronbert
 from kronbert.distill.recipes.kronbert import task_stages
 from kronbert.errors import DataError, DistillError
 from kronbert.job_models import open_model
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 GOOD, BAD = ["good", "fine", "bright", "kind"], ["bad", "poor", "dull", "rude"]
 PLAIN = ["the", "a", "soup", "room", "film", "was", "and", "it"]
-
-
-@pytest.fixture(scope="module")
-def modules():
-    """The study's modules, imported as the scripts import them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        names = ("study_settings", "study_students", "study_provenance", "study_data", "study_runs",
-                 "study_results", "study_tables")  # fmt: skip
-        found = {n.removeprefix("study_"): importlib.import_module(n) for n in names}
-        found["main"] = importlib.import_module("glue_study")
-        yield Namespace(**found)
-        for name in (*names, "glue_study"):
-            sys.modules.pop(name)
 
 
 @pytest.fixture(scope="module")
@@ -105,66 +84,6 @@ def counted(modules, monkeypatch):
 
     monkeypatch.setattr(modules.runs, "run_stage", counting)
     return seen
-
-
-@pytest.fixture(scope="module")
-def bert():
-    """A BERT whose shares of embedding and layers are MiniLM's, a quarter as wide."""
-    config = BertConfig(
-        vocab_size=7_000,
-        hidden_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=384,
-        max_position_embeddings=128,
-    )
-    torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(config)
-
-
-@pytest.mark.parametrize("factor", [4.0, 8.0])
-def test_all_kinds_have_one_size(modules, bert, factor):
-    asked = kronbert.plan(bert, factor=factor, errors=False)
-    sizes = {
-        kind: modules.students.build(kind, bert, factor, None, None).num_parameters()
-        for kind in modules.settings.KINDS
-        if kind not in modules.settings.STAGE1
-    }
-    ranks = [layer.size.out + layer.size.inner for layer in asked.converted]
-    assert sizes["kronbert"] == sizes["random"] == asked.parameters
-    assert 0 <= asked.parameters - sizes["svd"] < min(ranks)
-    assert 0 <= asked.parameters - sizes["dense"] < 2 * (2 * 96 + 1)
-    assert 0 <= asked.parameters - sizes["paper"] < 0.03 * asked.parameters
-
-
-def test_peers_are_what_they_are_called(modules, bert):
-    build = modules.students.build
-    paper = build("paper", bert, 8.0, None, None).kronecker_plan
-    for layer in paper.converted:
-        (shape,) = layer.groups
-        assert shape.rank == 1
-        if layer.size.group == "embedding":
-            assert shape.b_out == 1
-        else:
-            rank = min(shape.a_out, shape.a_in) * min(shape.b_out, shape.b_in)
-            assert rank >= min(layer.size.out, layer.size.inner) / 2
-    svd = build("svd", bert, 8.0, None, None).kronecker_plan
-    assert all(shape.low_rank for layer in svd.converted for shape in layer.groups)
-    dense = build("dense", bert, 8.0, None, None)
-    assert dense.config.num_hidden_layers == 2
-    assert not hasattr(dense, "kronecker_plan")
-
-
-def test_random_student_keeps_nothing_of_the_teacher(modules, bert):
-    fitted = modules.students.build("kronbert", bert, 8.0, None, None)
-    student = modules.students.build("random", bert, 8.0, None, None)
-    for name, value in student.named_parameters():
-        other = dict(fitted.named_parameters())[name]
-        if value.numel() > 200 and value.std() > 0:
-            cosine = torch.nn.functional.cosine_similarity(value.flatten(), other.flatten(), dim=0)
-            assert abs(cosine) < 0.3, name
-    table = student.get_input_embeddings().weight
-    assert table.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 def test_a_run_is_made_once_and_says_where_it_comes_from(modules, options, glue, counted):
@@ -440,115 +359,6 @@ def test_collect_refuses_what_does_not_belong_together(modules, options, tmp_pat
         modules.results.collect([Path(options.output), copy], target)
     with pytest.raises(DataError, match="no result"):
         modules.results.collect([tmp_path / "nothing"], target)
-
-
-def result(task, kind, factor, seed, score, tag="main", **more):
-    return {
-        "task": task, "student": kind, "factor": factor, "seed": seed, "tag": tag,
-        "scores": {"validation": {"accuracy": score}}, "metric": "accuracy", "start": None,
-        "parameters": 2_840_000, "data": f"{task}/train.tsv", "subset": False, "machine": "a chip",
-        "versions": {"torch": "2", "transformers": "5"}, "commit": "abcdef1234", "changes": {},
-        **more,
-    }  # fmt: skip
-
-
-@pytest.fixture
-def results(modules):
-    """At factor 8 kronbert has three seeds of every task, svd one and none of stsb."""
-    full = ("sst2", "mrpc", "rte", "cola", "stsb")
-    commonest = {"validation": {"accuracy": 0.5}}
-    teachers = [
-        {**result(t, "teacher", 1.0, 42, 0.8), "parameters": 22_700_000, "commonest": commonest}
-        for t in full
-    ]
-    runs = [result(t, "kronbert", 8.0, s, 0.7 + 0.01 * s) for t in full for s in (1, 2, 3)]
-    runs += [result(t, "svd", 8.0, 1, 0.6) for t in full[:4]]
-    runs += [result("sst2", "kronbert", 8.0, s, 0.75, "ema", changes={"ema": 0.9}) for s in (2, 3)]
-    return modules.results.Results({"limit": None, "teachers": teachers, "runs": runs})
-
-
-def rows_of(table):
-    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()
-            if line.startswith("|")]  # fmt: skip
-
-
-def test_table_shows_means_and_what_is_missing(modules, results):
-    head, _, teacher, commonest, *rows = rows_of(modules.tables.full_tasks(results))
-    assert head[:4] == ["factor", "student", "parameters", "sst2, accuracy"]
-    assert teacher[1:] == ["teacher", "22.700 M", *["80.0"] * 6, "100 %"]
-    assert commonest[3:8] == ["50.0"] * 5
-    by_name = {row[1]: row for row in rows}
-    assert list(by_name) == ["**kronbert**", "truncated SVD"]
-    ours = by_name["**kronbert**"]
-    assert ours[0] == "8"
-    assert ours[3:8] == ["72.0 ± 1.0, 90.0 %"] * 5
-    assert ours[8:] == ["72.0 ± 1.0", "90.0 ± 1.3 %"]
-    svd = by_name["truncated SVD"]
-    assert svd[3] == "60.0 (1 seed), 75.0 %"
-    assert svd[7:] == ["not measured"] * 3
-    said = modules.tables.full_tasks(results)
-    assert said.count("Without a run yet at factor 8: kronbert from a student of general") == 1
-    assert said.endswith("; dense, two narrow layers.")
-    empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
-    assert modules.tables.full_tasks(empty) == "not measured"
-    assert modules.tables.subsets(results) == "not measured"
-
-
-def test_short_table_has_students_with_every_task(modules, results):
-    head, _, *rows = rows_of(modules.tables.kept(results))
-    assert head == ["factor", "student", *modules.settings.FULL, "mean kept"]
-    assert rows == [["8", "**kronbert**", *["90.0 %"] * 5, "90.0 ± 1.3 %"]]
-    empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
-    assert modules.tables.kept(empty) == "not measured"
-
-
-def test_table_of_other_texts_names_them(modules, results):
-    runs = [
-        {**row, "outside": {"imdb": {"accuracy": 0.4}}, "outside_data": "imdb/test.tsv"}
-        for row in results.runs
-        if row["task"] == "sst2"
-    ]
-    told = modules.results.Results({**results.content, "runs": runs})
-    head, _, teacher, *rows = rows_of(modules.tables.outside(told))
-    assert head[3:] == ["sst2 on imdb, accuracy", "mrpc on paws_wiki, accuracy"]
-    assert teacher[3:] == ["not measured"] * 2
-    ours = next(row for row in rows if row[1] == "**kronbert**")
-    assert ours[3:] == ["40.0 ± 0.0", "not measured"]
-    assert "Data: imdb/test.tsv." in modules.tables.outside(told)
-
-
-def test_ablations_compare_the_same_seeds(modules, results):
-    head, _, main, ema = rows_of(modules.tables.ablations(results))
-    assert head[:5] == ["factor", "student", "variant", "changed", "sst2, accuracy"]
-    assert main[2:] == ["main", "", "72.0 ± 1.0"]
-    assert ema[2:] == ["ema", '`{"ema": 0.9}`', "75.0 ± 0.0 (+2.5)"]
-
-
-def test_picture_has_a_line_per_measured_kind(modules, results, monkeypatch, tmp_path):
-    drawn = []
-
-    class Kept(modules.tables.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            drawn.append(self)
-
-    monkeypatch.setattr(modules.tables, "Figure", Kept)
-    path = tmp_path / "docs" / "retention.png"
-    assert modules.tables.retention_picture(results, path)
-    assert imread(path).shape[1] == 1100
-    (axes,) = drawn[0].axes
-    assert axes.get_legend_handles_labels()[1] == ["kronbert"]  # svd lacks a task
-    (bar,) = axes.containers
-    assert bar.lines[0].get_ydata() == pytest.approx([90.0])
-    (whisker,) = bar.lines[2][0].get_segments()
-    assert whisker[:, 1] == pytest.approx([88.75, 91.25])
-    fewer = replace_runs(modules, results)
-    assert not modules.tables.retention_picture(fewer, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-
-
-def replace_runs(modules, results):
-    return modules.results.Results({**results.content, "runs": []})
 
 
 def test_tags_keep_variants_apart(modules):

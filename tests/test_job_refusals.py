@@ -1,0 +1,198 @@
+"""The main job refuses before it trains: models, tasks, stages and folders that cannot be."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from kronbert import job as job_module
+from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
+from kronbert.job import CompressSettings, compress
+from tests.job_runs import settings_for, task_of_classes
+
+pytestmark = pytest.mark.usefixtures("one_thread", "hurried_report")
+
+
+@pytest.fixture
+def refuse(tiny_bert, tiny_task, tmp_path, monkeypatch):
+    """Calls compress, expects the error, and that nothing was begun."""
+    monkeypatch.setattr(job_module._Job, "run", lambda self: pytest.fail("it began"))
+
+    def call(error, match, *, output=None, **changes):
+        target = output or tmp_path / "out"
+        with pytest.raises(error, match=match) as caught:
+            compress(
+                settings_for(**{"model": tiny_bert, "task": tiny_task, "output": target} | changes),
+                lambda _: None,
+            )
+        assert not (Path(target) / "state.json").exists()
+        return str(caught.value)
+
+    return call
+
+
+def test_unreachable_factor(refuse):
+    refuse(PlanError, "factor=400 is out of reach", factor=400.0)
+    refuse(PlanError, "factor", factor=0.5)
+    with pytest.raises(PlanError, match="one of them"):
+        CompressSettings(model="m", task="t", output="o")
+    with pytest.raises(PlanError, match=r"stage1_epochs= without stage1_text="):
+        CompressSettings(model="m", task="t", output="o", factor=2, stage1_epochs=1)
+
+
+def test_models_that_are_not_there(refuse, tmp_path):
+    refuse(DataError, r"nowhere/model': no such folder\.$", model=str(tmp_path / "nowhere/model"))
+    refuse(DataError, "no such folder here, and the Hugging Face hub", model="nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    refuse(DataError, "holds no config.json", model=str(tmp_path / "empty"))
+    (tmp_path / "file").write_text("")
+    refuse(DataError, "a file; expected the folder", model=str(tmp_path / "file"))
+
+
+def test_broken_models(refuse, tiny_bert, finished, tmp_path):
+    cut = shutil.copytree(tiny_bert, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((tiny_bert / "model.safetensors").read_bytes()[:-99])
+    refuse(DataError, "the folder cannot be read", model=str(cut))
+    bare = shutil.copytree(tiny_bert, tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    refuse(DataError, "holds no tokenizer", model=str(bare))
+    model = AutoModelForSequenceClassification.from_pretrained(finished[0] / "teacher")
+    with torch.no_grad():
+        model.bert.pooler.dense.weight[0, 0] = float("nan")
+    nan = shutil.copytree(tiny_bert, tmp_path / "nan")
+    model.save_pretrained(nan)
+    refuse(DistillError, r"'bert\.pooler\.dense\.weight' holds NaN", model=str(nan))
+    refuse(PlanError, "converted before", model=str(finished[0] / "student"))
+
+
+def test_headless_fine_tuned_teacher(refuse, finished, tiny_bert, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(finished[0] / "teacher", tmp_path / "headless")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refuse(DistillError, r"without classifier\.weight, which would be random", model=str(folder))
+
+
+def test_teacher_and_task_that_do_not_go_together(refuse, finished, tiny_task, tmp_path):
+    teacher = finished[0] / "teacher"
+    refuse(
+        DistillError, "its head has 2 classes, task 'classes3' has 3 classes",
+        model=str(teacher), task=str(task_of_classes(tmp_path, 3)),
+    )  # fmt: skip
+    turned = shutil.copytree(teacher, tmp_path / "turned")
+    config = json.loads((turned / "config.json").read_text())
+    config["id2label"] = {"0": "glad", "1": "cross"}
+    config["label2id"] = {"glad": 0, "cross": 1}
+    (turned / "config.json").write_text(json.dumps(config))
+    refuse(DistillError, r"its classes are \['glad', 'cross'\]", model=str(turned))
+
+
+def test_tokenizers_that_do_not_fit(refuse, tiny_bert, tmp_path):
+    large = shutil.copytree(tiny_bert, tmp_path / "large")
+    tokenizer = AutoTokenizer.from_pretrained(large)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(large)
+    refuse(DistillError, r"tokenizer has 30 tokens, its embedding 29 rows", model=str(large))
+    padless = shutil.copytree(tiny_bert, tmp_path / "padless")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(padless)
+    refuse(DistillError, "no padding token", model=str(padless))
+    refuse(DataError, r"max_length=65: .* takes 64 tokens", max_length=65)
+
+
+def test_data_that_do_not_fit(refuse, tiny_task, tmp_path):
+    refuse(DataError, "no column 'mood'", label_column="mood", text_columns=("text",))
+    refuse(DataError, "no such folder", task=str(tmp_path / "no"))
+    refuse(DataError, "unknown task 'sst3'", task="sst3")
+    refuse(DataError, "columns are for a folder", data_dir="x", label_column="label")
+    bad = shutil.copytree(tiny_task, tmp_path / "bad")
+    with (bad / "dev.tsv").open("a") as file:
+        file.write("the film\tlukewarm\n")
+    refuse(DataError, r"dev\.tsv, line 98: unknown label 'lukewarm'", task=str(bad))
+
+
+def test_stages_that_cannot_be(refuse, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the film\n")
+    refuse(DistillError, "epochs=-1", epochs=-1)
+    refuse(DistillError, "learning_rate=0", teacher_learning_rate=0.0)
+    refuse(DistillError, "precision='fp8'", precision="fp8")
+    refuse(DistillError, "epochs=0", stage1_text=str(text), stage1_epochs=0)
+    refuse(DataError, "no such file", stage1_text=str(tmp_path / "none.txt"))
+    refuse(DataError, "do not fill one block", stage1_text=str(text))
+
+
+def test_rows_without_a_label_that_cannot_be(refuse, tiny_task, tmp_path):
+    refuse(DataError, "no such file", unlabelled=str(tmp_path / "none.txt"))
+    (tmp_path / "short.txt").write_text("film\n")
+    refuse(DataError, "no sentence in it", unlabelled=str(tmp_path / "short.txt"))
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    for name in ("train", "dev"):
+        rows = [f"{i} {i + 1}\t{('good', 'bad')[i % 2]}" for i in range(20)]
+        (numbers / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    match = "no word of the training rows can be replaced"
+    refuse(DataError, match, task=str(numbers), augment=1)
+    match = "1 training rows, expected 2 or more.* --splice 0"
+    refuse(DataError, match, limit=1, splice=None)
+
+
+def test_architecture_without_taps(refuse, tiny_bert, tmp_path):
+    from transformers import FNetConfig, FNetModel
+
+    folder = shutil.copytree(tiny_bert, tmp_path / "fnet")
+    FNetModel(FNetConfig(vocab_size=29, hidden_size=32, num_hidden_layers=1, intermediate_size=64,
+                         max_position_embeddings=64)).save_pretrained(folder)  # fmt: skip
+    refuse(DistillError, "fnet", model=str(folder), factor=2.0)
+
+
+def test_output_folders(refuse, finished, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    refuse(CheckpointError, r"cannot be written \(Not a directory", output=tmp_path / "file/out")
+    (tmp_path / "taken" / "teacher").mkdir(parents=True)
+    refuse(CheckpointError, "holds teacher, but no state.json", output=tmp_path / "taken")
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    refuse(CheckpointError, "0 MiB free, about 1 MiB needed")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_output(refuse, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refuse(CheckpointError, "Permission denied", output=tmp_path / "locked" / "out")
+
+
+def test_full_disk(refuse, monkeypatch):
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    refuse(CheckpointError, r"cannot be written \(No space left on device\)")
+
+
+def test_unreadable_state(tiny_bert, tiny_task, tmp_path):
+    for text in ("{", "[]", '{"settings": {}}'):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(CheckpointError, match="not the state of a run"):
+            compress(settings_for(tiny_bert, tiny_task, tmp_path))
+
+
+def test_one_process(finished, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistillError, match="one process"):
+        compress(finished[1])
+
+
+def test_diverged_teacher_is_no_result(tiny_bert, tiny_task, tmp_path):
+    settings = settings_for(tiny_bert, tiny_task, tmp_path / "out", teacher_learning_rate=1e30)
+    with pytest.raises(DistillError, match=r"the teacher gives NaN .* --teacher-learning-rate"):
+        compress(settings, lambda _: None)
+    assert not (tmp_path / "out" / "teacher").exists()

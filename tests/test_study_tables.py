@@ -1,0 +1,127 @@
+"""The study's tables and picture: means, what is missing, and the same seeds compared."""
+
+import pytest
+from matplotlib.image import imread
+
+
+def result(task, kind, factor, seed, score, tag="main", **more):
+    return {
+        "task": task, "student": kind, "factor": factor, "seed": seed, "tag": tag,
+        "scores": {"validation": {"accuracy": score}}, "metric": "accuracy", "start": None,
+        "parameters": 2_840_000, "data": f"{task}/train.tsv", "subset": False, "machine": "a chip",
+        "versions": {"torch": "2", "transformers": "5"}, "commit": "abcdef1234", "changes": {},
+        **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(modules):
+    """At factor 8 kronbert has three seeds of every task, svd one and none of stsb."""
+    full = ("sst2", "mrpc", "rte", "cola", "stsb")
+    commonest = {"validation": {"accuracy": 0.5}}
+    teachers = [
+        {**result(t, "teacher", 1.0, 42, 0.8), "parameters": 22_700_000, "commonest": commonest}
+        for t in full
+    ]
+    runs = [result(t, "kronbert", 8.0, s, 0.7 + 0.01 * s) for t in full for s in (1, 2, 3)]
+    runs += [result(t, "svd", 8.0, 1, 0.6) for t in full[:4]]
+    runs += [result("sst2", "kronbert", 8.0, s, 0.75, "ema", changes={"ema": 0.9}) for s in (2, 3)]
+    return modules.results.Results({"limit": None, "teachers": teachers, "runs": runs})
+
+
+def rows_of(table):
+    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()
+            if line.startswith("|")]  # fmt: skip
+
+
+def test_table_shows_means_and_what_is_missing(modules, results):
+    head, _, teacher, commonest, *rows = rows_of(modules.tables.full_tasks(results))
+    assert head[:4] == ["factor", "student", "parameters", "sst2, accuracy"]
+    assert teacher[1:] == ["teacher", "22.700 M", *["80.0"] * 6, "100 %"]
+    assert commonest[3:8] == ["50.0"] * 5
+    by_name = {row[1]: row for row in rows}
+    assert list(by_name) == ["**kronbert**", "truncated SVD"]
+    ours = by_name["**kronbert**"]
+    assert ours[0] == "8"
+    assert ours[3:8] == ["72.0 ± 1.0, 90.0 %"] * 5
+    assert ours[8:] == ["72.0 ± 1.0", "90.0 ± 1.3 %"]
+    svd = by_name["truncated SVD"]
+    assert svd[3] == "60.0 (1 seed), 75.0 %"
+    assert svd[7:] == ["not measured"] * 3
+    said = modules.tables.full_tasks(results)
+    assert said.count("Without a run yet at factor 8: kronbert from a student of general") == 1
+    assert said.endswith("; dense, two narrow layers.")
+    empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
+    assert modules.tables.full_tasks(empty) == "not measured"
+    assert modules.tables.subsets(results) == "not measured"
+
+
+def test_short_table_has_students_with_every_task(modules, results):
+    head, _, *rows = rows_of(modules.tables.kept(results))
+    assert head == ["factor", "student", *modules.settings.FULL, "mean kept"]
+    assert rows == [["8", "**kronbert**", *["90.0 %"] * 5, "90.0 ± 1.3 %"]]
+    empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
+    assert modules.tables.kept(empty) == "not measured"
+
+
+def test_table_of_other_texts_names_them(modules, results):
+    runs = [
+        {**row, "outside": {"imdb": {"accuracy": 0.4}}, "outside_data": "imdb/test.tsv"}
+        for row in results.runs
+        if row["task"] == "sst2"
+    ]
+    told = modules.results.Results({**results.content, "runs": runs})
+    head, _, teacher, *rows = rows_of(modules.tables.outside(told))
+    assert head[3:] == ["sst2 on imdb, accuracy", "mrpc on paws_wiki, accuracy"]
+    assert teacher[3:] == ["not measured"] * 2
+    ours = next(row for row in rows if row[1] == "**kronbert**")
+    assert ours[3:] == ["40.0 ± 0.0", "not measured"]
+    assert "Data: imdb/test.tsv." in modules.tables.outside(told)
+
+
+def test_tables_name_files_once_and_count_rows(modules, results):
+    counts = {1: 20_000, 2: 9_000, 3: 20_000}
+    runs = [
+        {**row, "rows": counts[row["seed"]], "data": f"{row['data']}; 11 rows without a label"}
+        for row in results.runs
+        if row["task"] in ("sst2", "mrpc")
+    ]
+    told = modules.results.Results({**results.content, "runs": runs})
+    said = modules.tables.full_tasks(told)
+    assert said.count("mrpc/train.tsv") == 1
+    assert "without a label" not in said
+    assert "students learnt: sst2 9,000 or 20,000; mrpc 9,000 or 20,000." in said
+
+
+def test_ablations_compare_the_same_seeds(modules, results):
+    head, _, main, ema = rows_of(modules.tables.ablations(results))
+    assert head[:5] == ["factor", "student", "variant", "changed", "sst2, accuracy"]
+    assert main[2:] == ["main", "", "72.0 ± 1.0"]
+    assert ema[2:] == ["ema", '`{"ema": 0.9}`', "75.0 ± 0.0 (+2.5)"]
+
+
+def test_picture_has_a_line_per_measured_kind(modules, results, monkeypatch, tmp_path):
+    drawn = []
+
+    class Kept(modules.tables.Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            drawn.append(self)
+
+    monkeypatch.setattr(modules.tables, "Figure", Kept)
+    path = tmp_path / "docs" / "retention.png"
+    assert modules.tables.retention_picture(results, path)
+    assert imread(path).shape[1] == 1100
+    (axes,) = drawn[0].axes
+    assert axes.get_legend_handles_labels()[1] == ["kronbert"]  # svd lacks a task
+    (bar,) = axes.containers
+    assert bar.lines[0].get_ydata() == pytest.approx([90.0])
+    (whisker,) = bar.lines[2][0].get_segments()
+    assert whisker[:, 1] == pytest.approx([88.75, 91.25])
+    fewer = replace_runs(modules, results)
+    assert not modules.tables.retention_picture(fewer, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def replace_runs(modules, results):
+    return modules.results.Results({**results.content, "runs": []})
