@@ -136,6 +136,8 @@ class Training:
                         f"stages: none has a term that a student of kind {kind!r} can have."
                     )
                 told["objective"] = {"terms": kept}
+                # the same rows for every factor and seed
+                told["cache_teacher"] = all(term["tap"] == "logits" for term in kept)
             found.append(Stage.from_dict(told))
         return found
 

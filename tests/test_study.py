@@ -214,6 +214,7 @@ def test_a_dense_student_learns_the_answers_in_every_stage(modules):
     intermediate, own = training.stages_of("svd", seed=3)
     assert intermediate.objective.taps == {"embedding", "ffn"}
     assert own.objective.taps == {"embedding", "ffn", "logits"}
+    assert (first.cache_teacher, stage.cache_teacher, own.cache_teacher) == (True, True, False)
     assert (first.epochs, first.batch_size) == (intermediate.epochs, intermediate.batch_size)
     with pytest.raises(DistillError, match=r"unknown key 'epoch'.*epochs"):
         modules.settings.training_of("sst2", {"epoch": 7})
