@@ -94,6 +94,8 @@ def made(options: Any, factor: float, variant: str, folder: Path) -> dict[str, A
             "points": points,
             "seconds": report["seconds"],
             "words": options.words,
+            "learning_rate": report["stage"]["learning_rate"],
+            "muon_rate": report["stage"]["muon_rate"],
             "seed": options.seed,
             **provenance("unknown"),
         }

@@ -16,9 +16,9 @@ def stage1(path: Path) -> str:
     content = json.loads(path.read_text())
     rows = content["rows"]
     lines = [
-        "| factor | structure | parameters | MFLOPs per token | hidden states, start | end | "
+        "| factor | structure | optimiser, rate | parameters | MFLOPs per token | hidden states, start | end | "
         "embedding, end | training |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
         *(_row(row) for row in rows),
         "",
         _notes(content),
@@ -31,6 +31,7 @@ def _row(row: dict[str, Any]) -> str:
     cells = [
         f"{row['factor']:g}",
         row["variant"],
+        f"{'Muon' if row['muon_rate'] else 'AdamW'}, {row['learning_rate']:g}",
         f"{row['parameters'] / 1e6:.3f} M",
         f"{row['flops_per_token'] / 1e6:.2f}",
         f"{start['loss_ffn']:.3f}",
