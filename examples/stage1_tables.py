@@ -16,8 +16,8 @@ def stage1(path: Path) -> str:
     content = json.loads(path.read_text())
     rows = content["rows"]
     lines = [
-        "| factor | structure | optimiser, rate | parameters | MFLOPs per token | hidden states, start | end | "
-        "embedding, end | training |",
+        "| factor | structure | optimiser, rate | parameters | MFLOPs per token | "
+        "hidden states, start | end | embedding, end | training |",
         "|---|---|---|---|---|---|---|---|---|",
         *(_row(row) for row in rows),
         "",
