@@ -28,6 +28,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
+# Their asserts say as much as those of the tests that call them.
+pytest.register_assert_rewrite(
+    "tests.block_checks",
+    "tests.gated_checks",
+    "tests.job_runs",
+    "tests.kept_layers",
+    "tests.row_definitions",
+)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -163,6 +172,32 @@ def nothing_kept() -> Iterator[None]:
     clear()
     yield
     clear()
+
+
+@pytest.fixture(params=["dense", "mix", "turn", "fold"])
+def pick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One group's form on the CPU, whatever the tables say, in chunks of 3 rows."""
+    from kronbert import cpu, forms
+    from tests.kept_layers import PICKS
+
+    monkeypatch.setattr(forms, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(forms, "FEWEST_ROWS", 3)
+    monkeypatch.setattr(cpu, "choose", lambda *args, **more: PICKS[request.param])
+    return str(request.param)
+
+
+@pytest.fixture
+def warm(pick: str) -> torch.nn.Module:
+    """A layer that has run on the CPU at 1 to 31 rows without gradients."""
+    from kronbert import cpu
+    from tests.kept_layers import new
+
+    layer: torch.nn.Module = new()
+    with torch.no_grad():
+        for n in (1, 3, 5, 9, 17):
+            layer(torch.randn(n, 28))
+    assert len(next(iter(cpu._KEPT.values())).runs) == 5
+    return layer
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "plain"])

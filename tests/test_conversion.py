@@ -1,4 +1,4 @@
-"""plan, convert, merge: nothing half done, ties kept, flags kept, refusals that say what to do."""
+"""plan, convert, merge: nothing half done, ties kept, flags kept."""
 
 import copy
 import hashlib
@@ -6,31 +6,14 @@ import pickle
 
 import pytest
 import torch
+from tests.small_berts import QUERY, classifier, masked_lm
 from torch import nn
-from torch.nn.utils import parametrizations
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM
 
 import kronbert
 from kronbert import KroneckerEmbedding, KroneckerLinear, KroneckerLMHead, NoMatchError, PlanError
 
-SMALL = {
-    "vocab_size": 384,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 144,
-}
-QUERY = "bert.encoder.layer.0.attention.self.query"
 TABLE = "bert.embeddings.word_embeddings"
-
-
-def classifier(**more):
-    return BertForSequenceClassification(BertConfig(**SMALL, **more)).eval()
-
-
-def masked_lm(**more):
-    return BertForMaskedLM(BertConfig(**SMALL, **more)).eval()
 
 
 def snapshot(model):
@@ -303,151 +286,6 @@ def test_convert_and_merge_take_no_random_numbers():
     state = torch.get_rng_state()
     kronbert.merge(kronbert.convert(model, 4))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def on_meta(model):
-    return model.to("meta")
-
-
-def quantised(model):
-    model.is_quantized, model.quantization_method = True, "awq"
-    return model
-
-
-def subclassed(model):
-    class Sharded(torch.Tensor):
-        pass
-
-    query = model.get_submodule(QUERY)
-    query.weight = nn.Parameter(query.weight.detach().as_subclass(Sharded))
-    return model
-
-
-def whole_numbers(model):
-    query = model.get_submodule(QUERY)
-    query.weight = nn.Parameter(query.weight.to(torch.int8), requires_grad=False)
-    return model
-
-
-def flattened(model):
-    query = model.get_submodule(QUERY)
-    query.weight = nn.Parameter(query.weight.flatten())
-    return model
-
-
-def hooked(model):
-    model.get_submodule(QUERY).register_forward_hook(lambda *_: None)
-    return model
-
-
-def hooked_backward(model):
-    model.get_submodule(QUERY).register_full_backward_hook(lambda *_: None)
-    return model
-
-
-def dispatched(model):
-    """As accelerate does for several devices."""
-    model.get_submodule(QUERY).forward = lambda x: x
-    return model
-
-
-def parametrised(model):
-    parametrizations.weight_norm(model.get_submodule(QUERY))
-    return model
-
-
-def wrapped(model):
-    return nn.DataParallel(model)
-
-
-def compiled(model):
-    return torch.compile(model, backend="eager")
-
-
-REFUSED = {
-    on_meta: "on the meta device, there is nothing to decompose",
-    quantised: r"quantised \(awq\). Load it without",
-    subclassed: "is a Sharded of torch.float32, sharded or quantised",
-    whole_numbers: "of torch.int8, sharded or quantised",
-    flattened: r"shape \(2304,\), expected two dimensions. Convert before sharding",
-    hooked: r"carries hooks \(_forward_hooks\).*Remove them",
-    hooked_backward: r"carries hooks \(_backward_hooks\)",
-    dispatched: "its forward is replaced",
-    parametrised: "is parametrised. Remove the parametrisation",
-    wrapped: "wrapped in a DataParallel. Convert model.module",
-    compiled: "wrapped in a OptimizedModule. Convert model._orig_mod",
-}
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"), REFUSED.items(), ids=lambda x: getattr(x, "__name__", "")
-)
-def test_weights_that_cannot_be_read(spoil, said):
-    model = spoil(classifier())
-    before = [type(module) for module in model.modules()]
-    for inplace in (False, True):
-        with pytest.raises(PlanError, match=said):
-            kronbert.convert(model, 4, inplace=inplace)
-    assert [type(module) for module in model.modules()] == before
-
-
-def test_a_distributed_tensor_is_refused(tmp_path):
-    from torch import distributed
-    from torch.distributed.tensor import DTensor, Replicate
-
-    if not distributed.is_available():
-        pytest.skip("torch was built without distributed")
-    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = distributed.init_device_mesh("cpu", (1,))
-        model = nn.Sequential(nn.Linear(24, 24))
-        local = DTensor.from_local(model[0].weight.detach(), mesh, [Replicate()])
-        model[0].weight = nn.Parameter(local)
-        with pytest.raises(PlanError, match=r"is a DTensor of torch.float32, sharded"):
-            kronbert.convert(model, 2)
-    finally:
-        distributed.destroy_process_group()
-
-
-def test_a_parametrised_layer_may_stay_dense():
-    model = classifier()
-    parametrizations.weight_norm(model.classifier)  # a head: on the default keep list
-    student = kronbert.convert(model, 2)
-    assert student.classifier.parametrizations
-
-
-def test_a_plan_of_another_model_is_refused():
-    model, plan = masked_lm(), kronbert.plan(classifier(), 4, errors=False)
-    with pytest.raises(PlanError, match=r"the model has no such layer. Make the plan from this"):
-        kronbert.convert(model, plan=plan)
-    wide = kronbert.plan(BertConfig(**{**SMALL, "intermediate_size": 192}), 4)
-    with pytest.raises(PlanError, match=r"expects a 192x48 weight, the model has a 96x48"):
-        kronbert.convert(BertForMaskedLM(BertConfig(**SMALL)).bert, plan=wide)
-    untied = kronbert.plan(masked_lm(tie_word_embeddings=False), 4, errors=False)
-    with pytest.raises(PlanError, match=r"'cls.predictions.decoder'.*kind 'head' tied to"):
-        kronbert.convert(model, plan=untied)
-    with pytest.raises(PlanError, match="the plan fixes every shape; give it alone"):
-        kronbert.convert(classifier(), 4, plan=plan)
-
-
-def test_a_plan_made_from_a_config_counts_the_model_it_meets():
-    """The config does not know the number of labels this head has."""
-    model = classifier(num_labels=7)
-    config = BertConfig(**SMALL, architectures=["BertForSequenceClassification"])
-    plan = kronbert.plan(config, rules={"re:.*(query|dense)": {"factor": 4}}, keep=())
-    plan = kronbert.planning.Plan.from_json(
-        {**plan.to_json(), "layers": [x for x in plan.to_json()["layers"] if x["groups"]]}
-    )
-    student = kronbert.convert(model, plan=plan)
-    assert student.kronecker_plan.parameters == sum(p.numel() for p in student.parameters())
-
-
-def test_merge_refuses_what_it_cannot_merge():
-    with pytest.raises(PlanError, match="holds no Kronecker layer"):
-        kronbert.merge(classifier())
-    student = kronbert.convert(masked_lm(), 4)
-    with pytest.raises(PlanError, match="tied to an embedding outside the model"):
-        kronbert.merge(student.cls)
 
 
 def test_merge_leaves_the_student_alone():

@@ -1,4 +1,4 @@
-"""convert(init="data"): order, padding, biases, ties, refusals, and less error on unseen text."""
+"""convert(init="data"): order, padding, biases, ties, and less error on unseen text."""
 
 import copy
 
@@ -11,55 +11,23 @@ from transformers import (
     AlbertModel,
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2Model,
 )
 
 import kronbert
-from kronbert import PlanError, data_init
+from kronbert import data_init
 from kronbert.moments import Moments, input_moments, pair_moments, token_rows
 from kronbert.walk import Walk, watched
 from kronbert.weighted_fit import nearest_rows, sum_of
+from tests.calibration import LOW_RANK, SMALL, classifier, sentences
 
-SMALL = {
-    "vocab_size": 200,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.3,
-}
-LOW_RANK = {"re:.*(query|key|value|dense)": {"rank": 6}, "re:.*word_embeddings": {"rank": 8}}
 KRONECKER = {
     "re:.*(query|key|value|attention.output.dense)": "4:2x16*24x3",
     r"re:.*\d.output.dense": "6:2x48*24x2",
     "re:.*inter.*dense": "24x2*4x24",
 }
-
-
-def classifier():
-    model = BertForSequenceClassification(BertConfig(**SMALL)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def sentences(batches, seed=0, rows=12):
-    """Batches of different lengths, padded; few words are frequent, as in a language."""
-    draw = torch.Generator().manual_seed(seed)
-    frequency = 1 / torch.arange(1, 200, dtype=torch.float)
-    made = []
-    for i in range(batches):
-        tokens = 9 + i % 3
-        ids = 1 + torch.multinomial(frequency, rows * tokens, True, generator=draw)
-        lengths = torch.randint(3, tokens + 1, (rows, 1), generator=draw)
-        mask = (torch.arange(tokens) < lengths).long()
-        made.append({"input_ids": ids.view(rows, tokens) * mask, "attention_mask": mask})
-    return made
 
 
 @torch.no_grad()
@@ -231,17 +199,6 @@ def test_a_table_whose_rows_share_rows_says_that_it_kept_its_fit():
     assert "b_out > 1" in student.data_fit.layers[""].kept
 
 
-def test_a_layer_that_is_never_met_says_so():
-    model, text = wayward(), [torch.randn(99, 24)]
-    student = kronbert.convert(model, rules=LINEAR, init="data", calibration=text)
-    fits = student.data_fit.layers
-    assert fits["one"].data_error < fits["one"].weights_error
-    assert (fits["other"].data_error, fits["other"].weights_error) == (None, None)
-    assert "never reaches" in fits["other"].kept
-    assert "never reaches" in str(student.data_fit)
-    assert torch.equal(student.other.a, kronbert.convert(model, rules=LINEAR).other.a)
-
-
 def test_in_place_is_the_same_student_and_keeps_its_parameters():
     teacher = BertForMaskedLM(BertConfig(**SMALL)).train()
     batches = sentences(3)
@@ -313,114 +270,6 @@ def test_positions_count_where_a_token_stands():
     dense, table = (model.get_submodule(name) for model in (teacher, student))
     wanted = sum_of(nearest_rows(dense.weight.detach(), count, table.groups))
     torch.testing.assert_close(table.weight.double(), wanted, rtol=1e-4, atol=1e-5)
-
-
-def poisoned():
-    model = classifier()
-    with torch.no_grad():
-        model.bert.encoder.layer[0].attention.self.query.bias[3] = torch.nan
-    return model
-
-
-def wayward():
-    class Wayward(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.other = nn.Linear(24, 20), nn.Linear(24, 20)
-
-        def forward(self, x):
-            return self.one(x) if len(x) > 5 else self.other(x)
-
-    return Wayward()
-
-
-def replaced():
-    model = wayward()
-    model.forward = model.forward
-    return model
-
-
-LINEAR = {"re:.*": {"rank": 3}}
-REFUSED = {
-    "no text": (classifier, LOW_RANK, {"init": "data"}, "calibration=NoneType.*a DataLoader"),
-    "a lone dict": (
-        classifier,
-        LOW_RANK,
-        {"init": "data", "calibration": {"input_ids": 1}},
-        "calibration=dict.*iterable of batches",
-    ),
-    "nothing": (classifier, LOW_RANK, {"init": "data", "calibration": []}, "0 batches without a"),
-    "only padding": (
-        classifier,
-        LOW_RANK,
-        {
-            "init": "data",
-            "calibration": [
-                {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.zeros(1, 3)}
-            ],
-        },
-        "1 batches without a token that counts",
-    ),
-    "text unasked": (classifier, LOW_RANK, {"calibration": []}, "init='weights' reads no text"),
-    "another init": (classifier, LOW_RANK, {"init": "svd"}, "expected 'weights' or 'data'"),
-    "a list of lists": (
-        classifier,
-        LOW_RANK,
-        {"init": "data", "calibration": [[1, 2]]},
-        "batch 0 is a list",
-    ),
-    "a mask of scores": (
-        classifier,
-        LOW_RANK,
-        {
-            "init": "data",
-            "calibration": [
-                {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 1, 3, 3)}
-            ],
-        },
-        r"batch 0 has an attention_mask of shape \(1, 1, 3, 3\)",
-    ),
-    "NaN": (
-        poisoned,
-        LOW_RANK,
-        {"init": "data", "calibration": sentences(2)},
-        "layer.0.attention.self.query'.*hold NaN or infinity",
-    ),
-    "two ways": (
-        wayward,
-        LINEAR,
-        {"init": "data", "calibration": [torch.randn(9, 24), torch.randn(2, 24)]},
-        "batch 1 meets 'other' where the first one meets 'one'",
-    ),
-    "a forward of its own": (
-        replaced,
-        LINEAR,
-        {"init": "data", "calibration": [torch.randn(9, 24)]},
-        "'': its forward is replaced, and a student's would call the teacher's",
-    ),
-    "too narrow": (
-        wayward,
-        LINEAR,
-        {"init": "data", "calibration": [torch.randn(9, 23)]},
-        "mat1 and mat2",
-    ),
-}
-
-
-@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
-@pytest.mark.parametrize(("make", "rules", "asked", "said"), REFUSED.values(), ids=REFUSED)
-def test_a_refusal_changes_nothing(make, rules, asked, said, inplace):
-    model = make().train()
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    kinds = [type(module) for module in model.modules()]
-    error = RuntimeError if said.startswith("mat1") else PlanError
-    with pytest.raises(error, match=said):
-        kronbert.convert(model, rules=rules, inplace=inplace, **asked)
-    assert [type(module) for module in model.modules()] == kinds
-    assert all(module.training for module in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
 
 
 def test_a_long_loader_is_not_read_to_its_end(monkeypatch):

@@ -120,9 +120,9 @@ def test_arguments_are_specialised_as_triton_does(monkeypatch):
         pytest.skip("this Triton specialises arguments in Python")
     from triton.backends.compiler import BaseBackend
 
-    spec = importlib.util.spec_from_file_location("aot", HERE / "aot.py")
+    spec = importlib.util.spec_from_file_location("aot_launches", HERE / "aot_launches.py")
     aot = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "aot", aot)  # where its dataclasses look for their types
+    monkeypatch.setitem(sys.modules, spec.name, aot)  # where its dataclasses look for their types
     spec.loader.exec_module(aot)
     tensors = [torch.zeros(64, dtype=getattr(torch, name)) for name in aot.POINTERS]
     numbers = [0, 1, 2, 16, 48, 100, -16, 2**31 - 16, 2**31, 2**40 + 1, 1.5, True, False]

@@ -14,6 +14,8 @@ FILES = (
     "test_kernel_blocks.py",
     "test_kernel_gated.py",
     "test_kernel_embedding.py",
+    "test_op_blocks.py",
+    "test_op_gated.py",
 )
 
 

@@ -1,6 +1,5 @@
-"""The report against hand counts and the plan; timing with a clock of our own."""
+"""The report against hand counts and the plan."""
 
-import gc
 import json
 import socket
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import (
 import kronbert
 from kronbert import latency, reporting
 from kronbert.errors import ReportError
-from kronbert.latency import Timing, compare, paired_ratio
+from kronbert.latency import Timing
 from kronbert.reporting import SCHEMA, Report, linear_flops, report, weight_errors
 
 HIDDEN, FORWARD, LAYERS, VOCABULARY, POSITIONS, LABELS = 48, 96, 2, 240, 64, 3
@@ -327,77 +326,3 @@ def test_other_inputs_are_given_as_one_example():
 def test_wrong_sizes_are_refused(student, teacher, wrong, said):
     with pytest.raises(ReportError, match=said):
         report(student, teacher, **{"sequence_length": 8, **wrong})
-
-
-class Clock:
-    """Seconds that pass only when a function says so."""
-
-    def __init__(self):
-        self.now = 0.0
-        self.calls: list[str] = []
-
-    def __call__(self):
-        return self.now
-
-    def function(self, name, *seconds):
-        def run():
-            self.calls.append(name)
-            self.now += seconds[self.calls.count(name) % len(seconds)]
-
-        return run
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(latency, "perf_counter", made)
-    return made
-
-
-def test_compare_takes_turns_and_reports_milliseconds(clock):
-    functions = {"a": clock.function("a", 0.002), "b": clock.function("b", 0.004)}
-    timings = compare(functions, seconds=0.06)
-    assert timings["a"].median_ms == pytest.approx(2)
-    assert (timings["b"].p20_ms, timings["b"].p80_ms) == pytest.approx((4, 4))
-    assert paired_ratio(timings["b"], timings["a"]) == pytest.approx(2)
-    assert clock.calls[:6] == ["a"] * 3 + ["b"] * 3  # warm-up and one to choose the calls
-    assert clock.calls[6:] == ["a", "b"] * 10
-    assert len(timings["a"].samples_ms) == 10
-
-
-def test_compare_stops_after_rounds_and_never_before_five(clock):
-    assert len(compare({"a": clock.function("a", 1.0)}, seconds=0.1)["a"].samples_ms) == 5
-    once = compare({"b": clock.function("b", 1.0)}, rounds=1)["b"]
-    assert (once.median_ms, once.p20_ms, once.samples_ms) == (1000, 1000, (1000.0,))
-
-
-def test_fast_functions_are_called_several_times_per_sample(clock):
-    timing = compare({"a": clock.function("a", 0.0001)}, rounds=5)["a"]
-    assert timing.median_ms == pytest.approx(0.1)
-    assert len(clock.calls) == 3 + 5 * 5
-
-
-def test_spread_and_pairs(clock):
-    timing = Timing.of((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
-    assert (timing.p20_ms, timing.median_ms, timing.p80_ms) == pytest.approx((2.0, 3.5, 5.0))
-    # The machine slows down half way: the medians say 8 / 2, the pairs 2.
-    slow, fast = Timing.of((2.0, 2.0, 8.0, 30.0, 30.0)), Timing.of((1.0, 1.0, 2.0, 15.0, 15.0))
-    assert paired_ratio(slow, fast) == 2
-    with pytest.raises(ReportError, match="are no pairs"):
-        paired_ratio(slow, timing)
-
-
-def test_the_garbage_collector_rests_and_comes_back(clock):
-    seen = []
-    compare({"a": lambda: seen.append(gc.isenabled())}, rounds=1, seconds=1)
-    assert set(seen) == {False}
-    assert gc.isenabled()
-
-    def fails():
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError):
-        compare({"a": fails})
-    assert gc.isenabled()
-    with pytest.raises(ReportError, match="at least one function"):
-        compare({})

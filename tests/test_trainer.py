@@ -1,11 +1,6 @@
-"""DistillTrainer: small models trained alone, resumed, accumulated and on two processes."""
+"""DistillTrainer: small models trained alone, resumed and accumulated."""
 
 import copy
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,105 +8,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 import kronbert.distill
-from kronbert.distill import DistillArguments, DistillTrainer, Objective, Stage, Term
-from kronbert.distill.recipes.kroneckerbert import general_objective, task_objective
-from kronbert.errors import DistillError
-
-TASK = task_objective()
-LABELS = Objective(terms=(Term(tap="labels"),))
-LOGITS = Objective(terms=(Term(tap="logits", loss="kl", temperature=2.0), Term(tap="labels")))
-
-
-def a_config(**changes: Any) -> BertConfig:
-    given: dict[str, Any] = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "max_position_embeddings": 24,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.2,  # models of different seeds differ visibly
-    }
-    return BertConfig(**given | changes)
-
-
-def a_model(seed: int, cls: Any = BertForSequenceClassification, **changes: Any) -> Any:
-    torch.manual_seed(seed)
-    return cls(a_config(**changes))
-
-
-def a_dataset(rows: int = 64, tokens: int = 10, ragged: bool = False) -> list[dict[str, Any]]:
-    """Rows whose label says whether the first word is below 20."""
-    draw = np.random.default_rng(0)
-    out = []
-    for _ in range(rows):
-        n = int(draw.integers(4, tokens + 1)) if ragged else tokens
-        ids = [int(i) for i in draw.integers(3, 40, n)]
-        row = {"input_ids": ids, "attention_mask": [1] * n, "token_type_ids": [0] * n}
-        out.append(row | {"labels": int(ids[1] < 20)})
-    return out
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        key: torch.tensor([row[key] + [0] * (longest - len(row[key])) for row in rows])
-        for key in ("input_ids", "attention_mask", "token_type_ids")
-    }
-    if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([row["labels"] for row in rows])
-    return batch
-
-
-def masked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    batch = collate(rows)
-    labels = batch["input_ids"].clone()
-    labels[:, 1::2] = -100
-    batch["input_ids"][:, 0::2] = 1
-    return batch | {"labels": labels}
-
-
-def arguments(folder: Path, **changes: Any) -> DistillArguments:
-    given: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "learning_rate": 3e-3,
-        "per_device_train_batch_size": 8,
-        "max_steps": 12,
-        "logging_steps": 1,
-        "dataloader_pin_memory": False,
-    }
-    return DistillArguments(**given | changes)
-
-
-def a_trainer(folder: Path, objective: Objective = TASK, **changes: Any) -> DistillTrainer:
-    given: dict[str, Any] = {
-        "model": a_model(1),
-        "teacher": a_model(2),
-        "train_dataset": a_dataset(),
-        "data_collator": collate,
-    }
-    fields = DistillArguments.__dataclass_fields__
-    given |= {name: changes.pop(name) for name in list(changes) if name not in fields}
-    return DistillTrainer(args=arguments(folder, **changes), objective=objective, **given)
-
-
-def logged(trainer: DistillTrainer) -> list[dict[str, float]]:
-    return [row for row in trainer.state.log_history if "loss" in row]
-
-
-def weights_of(model: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+from kronbert.distill import DistillTrainer, Objective, Stage, Term
+from kronbert.distill.recipes.kroneckerbert import general_objective
+from tests.small_trainer import (
+    LABELS,
+    LOGITS,
+    TASK,
+    a_dataset,
+    a_model,
+    a_trainer,
+    arguments,
+    collate,
+    logged,
+    masked,
+    weights_of,
+)
 
 
 def test_every_term_is_logged_and_falls(tmp_path):
@@ -385,165 +299,3 @@ def test_stage_to_trainer(tmp_path):
         data_collator=collate,
     )
     assert trainer.train().global_step == 4
-
-
-def a_tokenizer(lower: bool) -> transformers.PreTrainedTokenizerFast:
-    words = ["[UNK]", "[PAD]", "kronecker", "Kronecker", "products"]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    if lower:
-        core.normalizer = normalizers.Lowercase()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]"
-    )
-
-
-def names(*labels: str) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(labels)), "label2id": {w: i for i, w in enumerate(labels)}}
-
-
-KL = Objective(terms=(Term(tap="logits", loss="kl"),))
-MLM = Objective(terms=(Term(tap="mlm"),))
-
-
-@pytest.mark.parametrize(
-    ("objective", "changes", "text"),
-    [
-        (TASK, {"teacher": None}, "the terms embedding, ffn, logits, scores need a teacher"),
-        (TASK, {"teacher": (2, {"vocab_size": 41})}, "vocab_size is 40 for the student, 41 for"),
-        (
-            TASK,
-            {"teacher": (2, {"hidden_size": 20})},
-            r"terms embedding and ffn compare hidden states, but the student is 16 wide and the "
-            r"teacher 20\. Use the terms logits and labels only",
-        ),
-        (TASK, {"teacher": (2, {"num_attention_heads": 4})}, "has 2 heads and the teacher 4"),
-        (TASK, {"teacher": (2, {"num_labels": 3})}, "the student has 2, the teacher 3"),
-        (TASK, {"teacher": (2, {"num_hidden_layers": 3})}, "has 2 layers, the teacher 3"),
-        (
-            TASK,
-            {"model": (1, names("no", "yes")), "teacher": (2, names("yes", "no"))},
-            r"same labels in another order: student \['no', 'yes'\], teacher \['yes', 'no'\]",
-        ),
-        (
-            KL,
-            {"model": (1, {"num_labels": 1}), "teacher": (2, {"num_labels": 1})},
-            "of one output is always 0: use 'mse'",
-        ),
-        (MLM, {"teacher": None}, "BertForSequenceClassification has no masked-LM head"),
-        (TASK, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the labels term"),
-        (TASK, {"torch_compile": True}, "torch_compile=True: the taps are forward hooks"),
-        (TASK, {"compute_loss_func": print}, "DistillTrainer's loss is its objective"),
-        (TASK, {"model_init": print}, "needs model=, not model_init="),
-        (
-            TASK,
-            {"processing_class": a_tokenizer(True), "teacher_processing_class": a_tokenizer(False)},
-            "different tokenizers .*: the same ids mean other words",
-        ),
-    ],
-)
-def test_what_does_not_go_together(tmp_path, objective, changes, text):
-    for key in ("model", "teacher"):
-        if isinstance(changes.get(key), tuple):
-            seed, config = changes[key]
-            changes = changes | {key: a_model(seed, **config)}
-    student = changes.get("model") or a_model(1)
-    changes = {"teacher": a_model(2)} | changes | {"model": student}
-    teacher = changes["teacher"]
-    with pytest.raises(DistillError, match=text):
-        a_trainer(tmp_path, objective, **changes)
-    assert teacher is None or (
-        teacher.training and all(p.requires_grad for p in teacher.parameters())
-    )
-
-
-def test_a_teacher_that_is_the_student(tmp_path):
-    model = a_model(1)
-    with pytest.raises(DistillError, match=r"share the parameter 'bert\..*copy.deepcopy"):
-        a_trainer(tmp_path, model=model, teacher=model)
-
-
-def test_equal_tokenizers_go_together(tmp_path):
-    pair = {
-        "processing_class": a_tokenizer(True),
-        "teacher_processing_class": a_tokenizer(True),
-    }
-    a_trainer(tmp_path, teacher=a_model(2, vocab_size=48), max_steps=1, **pair).train()
-
-
-def test_data_without_labels(tmp_path):
-    rows = [{k: v for k, v in row.items() if k != "labels"} for row in a_dataset()]
-    trainer = a_trainer(tmp_path, train_dataset=rows)
-    with pytest.raises(DistillError, match="term 'labels', but the batch has no labels, only atte"):
-        trainer.train()
-    a_trainer(tmp_path, Objective(terms=TASK.terms[:4]), train_dataset=rows, max_steps=1).train()
-
-
-def test_a_head_of_another_kind(tmp_path):
-    trainer = a_trainer(
-        tmp_path, LOGITS, teacher=a_model(2, transformers.BertForTokenClassification)
-    )
-    with pytest.raises(DistillError, match=r"logits: student \(8, 2\), teacher \(8, 10, 2\)"):
-        trainer.train()
-
-
-TWO_PROCESSES = """
-import json, sys, torch
-sys.modules.setdefault("kernels", None)
-sys.path[:0] = [{root!r}, {tests!r}]
-import test_trainer as t
-from kronbert.distill.recipes.kroneckerbert import general_objective
-
-student, teacher = t.a_model(1, t.BertForMaskedLM), t.a_model(2, t.BertForMaskedLM)
-trainer = t.a_trainer(
-    {out!r}, general_objective(mlm=False), model=student, teacher=teacher, max_steps=4,
-    optim="sgd", per_device_train_batch_size=4, ddp_backend="gloo", weight_decay=0.1,
-    save_strategy="steps", save_steps=4,
-)
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save(student.state_dict(), {out!r} + "/weights.pt")
-    with open({out!r} + "/log.json", "w") as file:
-        json.dump(t.logged(trainer), file)
-# Else gloo's threads may outlive the interpreter: "terminate called without an active exception".
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_train_like_one(tmp_path):
-    """Half the batch each: the same weights, the head untouched, terms averaged over both."""
-    out = tmp_path / "two"
-    out.mkdir()
-    script = tmp_path / "train.py"
-    root, tests = (str(Path(__file__).resolve().parents[i]) for i in (1, 0))
-    script.write_text(TWO_PROCESSES.format(root=root, tests=tests, out=str(out)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, "--master_addr=127.0.0.1", f"--master_port={port}", str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one = a_trainer(
-        tmp_path / "one",
-        general_objective(mlm=False),
-        model=a_model(1, BertForMaskedLM),
-        teacher=a_model(2, BertForMaskedLM),
-        max_steps=4,
-        optim="sgd",
-        weight_decay=0.1,
-    )
-    one.train()
-    torch.testing.assert_close(
-        torch.load(out / "weights.pt"), weights_of(one.model), rtol=1e-4, atol=1e-6
-    )
-    for row, other in zip(json.loads((out / "log.json").read_text()), logged(one), strict=True):
-        for name in ("loss", "loss_embedding", "loss_scores", "loss_ffn"):
-            assert row[name] == pytest.approx(other[name], rel=1e-4), name

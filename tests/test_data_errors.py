@@ -1,0 +1,101 @@
+"""Damaged and wrong data files are named, with their line."""
+
+from __future__ import annotations
+
+import pytest
+
+from kronbert.distill.data import load_task
+from kronbert.distill.text import read_table
+from kronbert.errors import DataError
+from tests.data_files import SST2, folder, write
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("sentense\tlabel\nx\t1\n", r"train.tsv: no column 'sentence'. .*Nearest: 'sentense'"),
+        ("sentence\tlabels\nx\t1\n", r"train.tsv: no column 'label'. .*Nearest: 'labels'"),
+        ("sentence\tlabel\nx\t1\ny\t7\n", r"train.tsv, line 3: unknown label '7' .*negative, pos"),
+        ("sentence\tlabel\n", "train.tsv: no rows"),
+        ("", "train.tsv: no rows"),
+        ("sentence\tlabel\nx\t1\n\nx\ty\t1\n", "train.tsv, line 4: 3 fields, but the header has 2"),
+        ("sentence\tsentence\nx\t1\n", "line 1: two columns have one name"),
+        (b"sentence\tlabel\nx\t1\ncaf\xe9\t1\n", "train.tsv, line 3: not UTF-8 .*iconv"),
+    ],
+)
+def test_bad_tsv_is_named_with_its_line(tmp_path, train, message):
+    folder(tmp_path / "sst2", train, SST2)
+    with pytest.raises(DataError, match=message):
+        load_task("sst2", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "message"),
+    [
+        (".csv", 'sentence,label\na,1\n"b,0\n', "train.csv, line 3: .*quotation marks"),
+        (".csv", "sentence,label\na,b,1\n", "train.csv, line 2: 3 fields"),
+        (".jsonl", '{"sentence": "a", "label": 1}\n{"sentence"\n', "jsonl, line 2: not JSON"),
+        (".jsonl", "[1]\n", "line 1: expected an object"),
+        (".jsonl", '{"sentence": "a", "label": 1}\n\n{"label": 1}\n', "line 3: .*is None: expec"),
+        (".jsonl", '{"sentence": 5, "label": 1}\n', "line 1: column 'sentence' is 5: expected te"),
+        (".parquet", "no parquet", "train.parquet: not a parquet file"),
+    ],
+)
+def test_bad_rows_of_other_formats(tmp_path, kind, train, message):
+    write(tmp_path / "sst2" / f"train{kind}", train)
+    write(tmp_path / "sst2" / "dev.tsv", SST2)
+    with pytest.raises(DataError, match=message):
+        load_task("sst2", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz"])
+def test_cut_off_archive(tmp_path, packing):
+    path = write(tmp_path / f"t.tsv{packing}", SST2 * 99)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="broken or cut off"):
+        read_table(path)
+
+
+def test_unknown_format(tmp_path):
+    with pytest.raises(DataError, match=r"unknown format: expected \.tsv"):
+        read_table(write(tmp_path / "t.xlsx", "x"))
+
+
+def test_unknown_label_in_dev_names_the_dev_file(tmp_path):
+    folder(tmp_path / "sst2", SST2, SST2 + "odd\tpositiv\n")
+    with pytest.raises(DataError, match=r"dev.tsv, line 4: unknown label 'positiv'"):
+        load_task("sst2", data_dir=tmp_path)
+
+
+def test_unknown_task_lists_near_names():
+    with pytest.raises(DataError, match=r"unknown task 'ssst2'.*GLUE's.*Nearest: 'sst2'"):
+        load_task("ssst2")
+
+
+def test_folders_that_hold_the_wrong_things(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        load_task("sst2", data_dir=tmp_path / "none")
+    with pytest.raises(DataError, match=r"no folder sst2/ in it \(it holds nothing\)"):
+        load_task("sst2", data_dir=tmp_path)
+    (tmp_path / "sst2").mkdir()
+    with pytest.raises(DataError, match=r"no train\.\* file .*It is empty"):
+        load_task("sst2", data_dir=tmp_path)
+    write(tmp_path / "sst2" / "training.tsv", SST2)
+    with pytest.raises(DataError, match=r"no train\.\* file .*It holds training\.tsv"):
+        load_task("sst2", data_dir=tmp_path)
+    write(tmp_path / "sst2" / "train.tsv", SST2)
+    with pytest.raises(DataError, match=r"nothing to measure on.*Put some hundred rows"):
+        load_task("sst2", data_dir=tmp_path)
+    write(tmp_path / "sst2" / "train.tsv.gz", SST2)
+    with pytest.raises(DataError, match=r"train\.tsv, train\.tsv\.gz: which one is meant"):
+        load_task("sst2", data_dir=tmp_path)
+    with pytest.raises(DataError, match="Pass the folder above it"):
+        load_task("rte", data_dir=tmp_path / "sst2")
+    with pytest.raises(DataError, match="leave --data-dir out"):
+        load_task(tmp_path / "sst2", data_dir=tmp_path)
+
+
+def test_limit_below_one(tmp_path):
+    folder(tmp_path / "sst2", SST2)
+    with pytest.raises(DataError, match="limit=0: expected a number of rows"):
+        load_task("sst2", data_dir=tmp_path, limit=0)

@@ -1,0 +1,128 @@
+"""convert(init="data"): what it refuses, and layers it never meets."""
+
+import pytest
+import torch
+from torch import nn
+
+import kronbert
+from kronbert import PlanError
+from tests.calibration import LOW_RANK, classifier, sentences
+
+
+def test_a_layer_that_is_never_met_says_so():
+    model, text = wayward(), [torch.randn(99, 24)]
+    student = kronbert.convert(model, rules=LINEAR, init="data", calibration=text)
+    fits = student.data_fit.layers
+    assert fits["one"].data_error < fits["one"].weights_error
+    assert (fits["other"].data_error, fits["other"].weights_error) == (None, None)
+    assert "never reaches" in fits["other"].kept
+    assert "never reaches" in str(student.data_fit)
+    assert torch.equal(student.other.a, kronbert.convert(model, rules=LINEAR).other.a)
+
+
+def poisoned():
+    model = classifier()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.query.bias[3] = torch.nan
+    return model
+
+
+def wayward():
+    class Wayward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(24, 20), nn.Linear(24, 20)
+
+        def forward(self, x):
+            return self.one(x) if len(x) > 5 else self.other(x)
+
+    return Wayward()
+
+
+def replaced():
+    model = wayward()
+    model.forward = model.forward
+    return model
+
+
+LINEAR = {"re:.*": {"rank": 3}}
+REFUSED = {
+    "no text": (classifier, LOW_RANK, {"init": "data"}, "calibration=NoneType.*a DataLoader"),
+    "a lone dict": (
+        classifier,
+        LOW_RANK,
+        {"init": "data", "calibration": {"input_ids": 1}},
+        "calibration=dict.*iterable of batches",
+    ),
+    "nothing": (classifier, LOW_RANK, {"init": "data", "calibration": []}, "0 batches without a"),
+    "only padding": (
+        classifier,
+        LOW_RANK,
+        {
+            "init": "data",
+            "calibration": [
+                {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.zeros(1, 3)}
+            ],
+        },
+        "1 batches without a token that counts",
+    ),
+    "text unasked": (classifier, LOW_RANK, {"calibration": []}, "init='weights' reads no text"),
+    "another init": (classifier, LOW_RANK, {"init": "svd"}, "expected 'weights' or 'data'"),
+    "a list of lists": (
+        classifier,
+        LOW_RANK,
+        {"init": "data", "calibration": [[1, 2]]},
+        "batch 0 is a list",
+    ),
+    "a mask of scores": (
+        classifier,
+        LOW_RANK,
+        {
+            "init": "data",
+            "calibration": [
+                {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 1, 3, 3)}
+            ],
+        },
+        r"batch 0 has an attention_mask of shape \(1, 1, 3, 3\)",
+    ),
+    "NaN": (
+        poisoned,
+        LOW_RANK,
+        {"init": "data", "calibration": sentences(2)},
+        "layer.0.attention.self.query'.*hold NaN or infinity",
+    ),
+    "two ways": (
+        wayward,
+        LINEAR,
+        {"init": "data", "calibration": [torch.randn(9, 24), torch.randn(2, 24)]},
+        "batch 1 meets 'other' where the first one meets 'one'",
+    ),
+    "a forward of its own": (
+        replaced,
+        LINEAR,
+        {"init": "data", "calibration": [torch.randn(9, 24)]},
+        "'': its forward is replaced, and a student's would call the teacher's",
+    ),
+    "too narrow": (
+        wayward,
+        LINEAR,
+        {"init": "data", "calibration": [torch.randn(9, 23)]},
+        "mat1 and mat2",
+    ),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
+@pytest.mark.parametrize(("make", "rules", "asked", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_changes_nothing(make, rules, asked, said, inplace):
+    model = make().train()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    error = RuntimeError if said.startswith("mat1") else PlanError
+    with pytest.raises(error, match=said):
+        kronbert.convert(model, rules=rules, inplace=inplace, **asked)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
