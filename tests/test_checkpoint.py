@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tests.small_berts import IDS, QUERY, SMALL, edit_config
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -25,6 +24,7 @@ from kronbert import (
     KroneckerLinear,
     KroneckerLMHead,
 )
+from tests.small_berts import IDS, QUERY, SMALL, edit_config
 
 KRONECKER = {"re:.*(query|key)": "6:2x24*24x2", "re:.*intermediate.dense": ["12x6*8x8", "6x8*16x6"]}
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from tests.small_berts import IDS, QUERY, SMALL, WORD, edit_config
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -19,6 +18,7 @@ from kronbert import (
     ShapeError,
 )
 from kronbert.reporting import weight_errors
+from tests.small_berts import IDS, QUERY, SMALL, WORD, edit_config
 
 BLOCKS = "4:384x1*1x48 + 6:60x1*1x48@9 + 2:100x4*1x12@284"
 

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from tests.small_berts import QUERY, classifier, masked_lm
 from torch import nn
 from transformers import BertForMaskedLM
 
 import kronbert
 from kronbert import KroneckerEmbedding, KroneckerLinear, KroneckerLMHead, NoMatchError, PlanError
+from tests.small_berts import QUERY, classifier, masked_lm
 
 TABLE = "bert.embeddings.word_embeddings"
 

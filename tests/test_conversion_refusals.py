@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.small_berts import QUERY, SMALL, classifier, masked_lm
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import BertConfig, BertForMaskedLM
 
 import kronbert
 from kronbert import PlanError
+from tests.small_berts import QUERY, SMALL, classifier, masked_lm
 
 
 def on_meta(model):
