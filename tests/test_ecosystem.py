@@ -204,6 +204,9 @@ for _ in range(2):
     model(input_ids=ids).logits.square().mean().backward()
 found = {n: p.grad for n, p in model.module.named_parameters() if p.grad is not None}
 torch.save(found, f"{folder}/found{rank}.pt")
+# Else gloo's threads may outlive the interpreter: "terminate called without an active exception".
+distributed.barrier()
+del model  # which holds the group
 distributed.destroy_process_group()
 """
 
