@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kronbert.distill import Stage
+from kronbert.distill import Objective, Stage
 from kronbert.distill.recipes.kronbert import task_stages
 from kronbert.errors import DistillError, near
 from kronbert.job_begin import FIT
@@ -135,9 +135,10 @@ class Training:
                     raise DistillError(
                         f"stages: none has a term that a student of kind {kind!r} can have."
                     )
-                told["objective"] = {"terms": kept}
+                objective = Objective.from_dict({"terms": kept})
+                told["objective"] = objective.to_dict()
                 # the same rows for every factor and seed
-                told["cache_teacher"] = all(term["tap"] == "logits" for term in kept)
+                told["cache_teacher"] = objective.teacher_taps == {"logits"}
             found.append(Stage.from_dict(told))
         return found
 

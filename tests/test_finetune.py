@@ -27,12 +27,7 @@ from kronbert.errors import DistillError
 STAGE = Stage(name="teacher", objective=labels_only(), learning_rate=1e-3, epochs=2, batch_size=16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

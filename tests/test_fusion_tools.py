@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import kronbert
 from kronbert import KroneckerLinear, blocks
 from kronbert.distill.taps import Taps
 from kronbert.errors import NoMatchError, PlanError
 from kronbert.fusion import FusionReport, fuse, fused, unfuse
+from tests.fusion_models import IDS, INPUTS, MASK, assert_same, gradients, scores
 
 SMALL: dict[str, Any] = {"vocab_size": 96, "max_position_embeddings": 40}
 CONFIGS: dict[str, Any] = {
@@ -39,9 +40,6 @@ RULES = {
     r"re:.*(intermediate\.dense|lin1)": "8:2x24*24x1",
     r"re:.*(\d\.output\.dense|lin2)": "8:1x24*24x2",
 }
-IDS = torch.tensor([[5, 9, 90, 3, 17, 4, 6], [8, 7, 33, 2, 0, 0, 0]])
-MASK = (torch.arange(7) < torch.tensor([[7], [4]])).long()
-INPUTS = {"input_ids": IDS, "attention_mask": MASK}
 both = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -61,20 +59,6 @@ def twins(name: str = "bert") -> tuple[Any, Any]:
     """A fused model and its ordinary copy."""
     model = a_model(name)
     return fuse(copy.deepcopy(model)), model
-
-
-def scores(model: nn.Module, **inputs: Any) -> Tensor:
-    return model(**(inputs or INPUTS)).logits
-
-
-def gradients(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
-    model.zero_grad()
-    scores(model, **inputs).square().mean().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

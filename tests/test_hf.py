@@ -20,16 +20,7 @@ from transformers import (
 
 import kronbert
 from kronbert import KroneckerLinear
-
-SMALL = {
-    "vocab_size": 384,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 144,
-}
-IDS = torch.arange(22).view(2, 11)
+from tests.small_berts import IDS, SMALL
 
 
 @pytest.fixture(scope="module")

@@ -258,6 +258,13 @@ def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
     assert own_recipe(task="mrpc").tokens_wanted > 0 == own_recipe(task="sst2").tokens_wanted
 
 
+@pytest.mark.parametrize(("task", "batch"), [("cola", 128), ("SST2", 64), ("mrpc", 32), (None, 32)])
+def test_both_steps_of_the_recipe_have_one_batch_and_the_last_a_fifth_of_the_rate(task, batch):
+    first, last = (own_recipe(task=task).stage(name) for name in ("intermediate", "task"))
+    assert first.batch_size == last.batch_size == batch
+    assert last.learning_rate == pytest.approx(first.learning_rate / 5)
+
+
 def test_settings_survive_json():
     settings = CompressSettings(model="m", task="t", output="o", factor=8, text_columns=("a", "b"))
     data = json.loads(json.dumps(settings.__dict__))

@@ -21,12 +21,7 @@ DENSE = "bert.encoder.layer.0.intermediate.dense"
 LAYER = f"{DENSE}.b"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

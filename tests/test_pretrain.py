@@ -18,12 +18,7 @@ SHORT = {"factor": 3.0, "epochs": 4, "learning_rate": 3e-3, "batch_size": 8, "ma
          "precision": "fp32", "init": "weights"}  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

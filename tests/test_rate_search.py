@@ -18,12 +18,7 @@ STAGE = Stage(name="task", objective=labels_only(), learning_rate=1e-3, epochs=8
 RATES = (3e-3, 1e-5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -216,6 +216,9 @@ def test_a_dense_student_learns_the_answers_in_every_stage(modules):
     assert own.objective.taps == {"embedding", "ffn", "logits"}
     assert (first.cache_teacher, stage.cache_teacher, own.cache_teacher) == (True, True, False)
     assert (first.epochs, first.batch_size) == (intermediate.epochs, intermediate.batch_size)
+    both = [{**LAST, "objective": {"terms": [{"tap": "logits"}, {"tap": "labels"}]}}]
+    (mixed,) = modules.settings.training_of("sst2", {"stages": both}).stages_of("dense", seed=3)
+    assert mixed.cache_teacher
     with pytest.raises(DistillError, match=r"unknown key 'epoch'.*epochs"):
         modules.settings.training_of("sst2", {"epoch": 7})
     labels = [{**LAST, "objective": {"terms": [{"tap": "labels"}]}}]

@@ -30,12 +30,7 @@ STAGE = Stage(name="task", objective=SOFT, learning_rate=1e-3, epochs=1, batch_s
               cache_teacher=True)  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

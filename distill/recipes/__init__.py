@@ -14,9 +14,9 @@ from kronbert.errors import DistillError, near
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Stages in the order they are trained, each starting from the student of the one before.
-    paper: where they come from. notes: what the paper leaves open. tokens_wanted: in
-    the rows of stage 2; a smaller training set is filled up with rows made of two of its own
-    (`splice`). 0: the training rows alone."""
+    paper: where they come from. notes: what the paper leaves open. tokens_wanted: in the rows of
+    stage 2; a smaller training set is filled up with rows made of two of its own (`splice`). 0: the
+    training rows alone."""
 
     name: str
     paper: str
