@@ -198,14 +198,14 @@ def make(
             tensors[f"{map_name}.bias"] = normal(groups[0].out_features)
     if name.endswith("norm"):
         tensors["norm.weight"], tensors["norm.bias"] = 1 + normal(width, scale=0.1), normal(width)
-    if name in ("linear_norm", "residual_norm"):
+    if name in ("linear_norm", "residual_norm", "add_norm"):
         tensors["residual"] = normal(rows, width)
     fused, plain = KINDS[name]
     fused = partial(fused, **words)
     if ids is not None:
         fused, plain = partial(fused, ids=ids), partial(plain, ids=ids)
     tokens = sum(shape.flops() for groups in maps.values() for shape in groups)
-    written = rows * width * (len(maps) if name == "qkv" else 1)
+    written = rows * width * {"qkv": len(maps), "add_norm": 2}.get(name, 1)
     read = sum(t.numel() for key, t in tensors.items() if key != "word.a0")
     if name == "embed_norm":
         tokens, read = 2 * width * first.rank, read + rows * first.rank * first.a_in
@@ -227,6 +227,16 @@ def _qkv(t: Tensors, linear: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, .
 
 def _ffn(t: Tensors, d: Definition) -> Tensor:
     return d.linear(F.gelu(d.linear(t["x"], "expand")), "contract")
+
+
+def _gated(t: Tensors, d: Definition) -> Tensor:
+    u, g = d.linear(t["x"], "expand").chunk(2, -1)
+    return d.linear(F.gelu(u) * g, "contract")
+
+
+def _add_norm(t: Tensors, d: Definition) -> tuple[Tensor, Tensor]:
+    total = t["residual"] + d.linear(t["x"], "map")
+    return total, _norm(t, total)
 
 
 def _norm(t: Tensors, x: Tensor) -> Tensor:
@@ -270,6 +280,12 @@ KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         ),
         lambda t, d: _norm(t, t["residual"] + d.linear(t["x"], "map")),
     ),
+    "add_norm": (
+        lambda t: blocks.add_norm(
+            functional.kron_linear(t["x"], *linear_of(t, "map")), t["residual"], norm_of(t)
+        ),
+        _add_norm,
+    ),
     "linear_norm": (
         lambda t: blocks.linear_norm(t["x"], linear_of(t, "map"), t["residual"], norm_of(t)),
         lambda t, d: _norm(t, t["residual"] + d.linear(t["x"], "map")),
@@ -279,6 +295,12 @@ KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
             t["x"], linear_of(t, "expand"), linear_of(t, "contract"), gelu=gelu
         ),
         _ffn,
+    ),
+    "gated_ffn": (
+        lambda t, gelu="exact": blocks.gated_ffn(
+            t["x"], linear_of(t, "expand"), linear_of(t, "contract"), gelu=gelu
+        ),
+        _gated,
     ),
     "ffn_norm": (
         lambda t, gelu="exact": blocks.ffn_norm(
@@ -329,6 +351,22 @@ def linear_maps(width: int = 768) -> dict[str, Groups]:
     return found
 
 
+def gated_maps(width: int = 768) -> dict[str, dict[str, Groups]]:
+    """Shapes for `blocks.gated_ffn`, whose first map gives what is activated and its gate."""
+    k8 = preset("k8")
+    expand, contract = (4 * width, width), (width, 2 * width)
+    return {
+        "low rank": {
+            "expand": (low_rank(*expand, 24),),
+            "contract": (low_rank(*contract, 24),),
+        },
+        "k8": {
+            "expand": (k8.expand.shape(*expand, "preset k8"),),
+            "contract": (k8.contract.shape(*contract, "preset k8"),),
+        },
+    }
+
+
 def all_checks(
     rows: Sequence[int] = (1, 17, 300), *, width: int = 768, entries: int = 1024
 ) -> Iterator[tuple[str, Op]]:
@@ -337,7 +375,12 @@ def all_checks(
         for label, groups in linear_maps(width).items():
             yield f"kron_linear {label} {n} rows", make("kron_linear", {"map": groups}, n)
         odd = {"map": parse_groups("30x20*7x3")}
-        yield f"residual_norm odd {n} rows", make("residual_norm", odd, n)
+        for kind in ("residual_norm", "add_norm"):
+            yield f"{kind} odd {n} rows", make(kind, odd, n)
+        for label, maps in gated_maps(width).items():
+            for gelu in ("exact", "fast"):
+                op = make("gated_ffn", maps, n, gelu=gelu)
+                yield f"gated_ffn {label} {n} rows" + ", gelu fast" * op.fast_gelu, op
         for name in ("k8", "k21"):
             for op in block_ops(name, n, width=width, entries=entries):
                 gelu = ", gelu fast" if op.fast_gelu else ""
