@@ -7,6 +7,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def run_stage(
             shutil.rmtree(path)  # cut off while it was written
     if last is not None and say is not None:
         say(f"resumed after step {_step(last)}")
-    with plain_attention(student), dropout_set_to(student, stage.dropout):
+    with own_forward(student), plain_attention(student), dropout_set_to(student, stage.dropout):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not keep_last:
         for path in _checkpoints(folder):
@@ -158,6 +159,20 @@ def _taught(
             batch_size=args.per_device_eval_batch_size,
             say=say,
         )
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Afterwards ``model`` computes as before: accelerate leaves its autocast around ``forward``,
+    and scores, fits and calibrations that follow would round to bf16."""
+    names = ("forward", "_original_forward")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 class _StageTrainer(DistillTrainer):
@@ -236,14 +251,24 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """The task's metrics on every dev set of tokenised ``data``: set -> metric -> value.
 
+    As `answers` computes them."""
+    score = compute_metrics(data.task)
+    found = answers(model, data, tokenizer, batch_size=batch_size)
+    return {name: score(one) for name, one in found.items()}
+
+
+def answers(
+    model: nn.Module, data: TaskData, tokenizer: Any, *, batch_size: int = 64
+) -> dict[str, EvalPrediction]:
+    """Logits (rows, labels) and labels of every dev set of tokenised ``data``, in its order.
+
     Without autocast, in eval mode, on the GPU where there is one (the model stays there)."""
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     was_training = model.training
     model.eval()
-    score = compute_metrics(data.task)
     try:
         return {
-            name: score(_predict(model, rows, tokenizer, batch_size))
+            name: _predict(model, rows, tokenizer, batch_size)
             for name, rows in data.validation.items()
         }
     finally:

@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--only-missing", action="store_true", help="keep results of other settings as they are")
     add("--no-models", action="store_true", help="do not save the students")
     add("--commit", default="unknown", help="recorded outside of a git checkout")
+    add("--score-again", action="store_true", help="score the saved models of finished runs anew")
     add("--list", action="store_true", help="what is done and what is missing")
     add("--collect", nargs="+", metavar="OUTPUT", help="gather the results of these folders")
     add("--results", default="examples/results/glue_study.json", help="JSON that --collect writes")
@@ -134,6 +135,10 @@ def run(options: Any) -> None:
     study, runs = Study(options), runs_of(options)
     if options.list:
         print(listed(study, runs))
+    elif options.score_again:
+        for one in runs:
+            if study.done(one):
+                print(f"{one}: {json.dumps(study.score_again(one)['scores'])}", flush=True)
     elif failed := work(study, runs):
         sys.exit("\n".join([f"{len(failed)} failed:", *failed]))
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from study_data import Rows, rows_of  # type: ignore[import-not-found]
 from study_provenance import provenance  # type: ignore[import-not-found]
+from study_scores import score_again, scored  # type: ignore[import-not-found]
 from transformers import set_seed
 
 from kronbert.distill import (
@@ -30,7 +30,6 @@ from kronbert.distill import (
 from kronbert.distill.data import TaskData
 from kronbert.distill.finetune import (
     commonest_class,
-    evaluate,
     labels_only,
     last_checkpoint,
     run_stage,
@@ -40,7 +39,7 @@ from kronbert.distill.teacher_cache import model_digest, with_teacher_logits
 from kronbert.distill.unlabelled import training_rows
 from kronbert.errors import DistillError
 from kronbert.job_folder import write_whole
-from kronbert.job_models import model_name, open_model, open_teacher, open_tokenizer
+from kronbert.job_models import check_finite, model_name, open_model, open_teacher, open_tokenizer
 from kronbert.pretrain import half_weights
 
 RESULT, ASKED, RATES = "result.json", "asked.json", "rates.json"
@@ -120,6 +119,15 @@ class Study:
         found: dict[str, Any] = json.loads((folder / RESULT).read_text())
         return found
 
+    def score_again(self, run: Run) -> dict[str, Any]:
+        """A finished run's scores, from its saved model."""
+        folder = run.folder(self.output)
+        teacher = None if run.kind == "teacher" else self.teacher_folder(run.task)
+        with locked(folder, own=True):
+            data = self.rows.tokens(run.task)
+            commit = provenance(self.options.commit)["commit"]
+            return score_again(folder / RESULT, self.rows, data, self.tokenizer, teacher, commit)
+
     def asked(self, run: Run) -> dict[str, Any]:
         """What determines the run's result, apart from the code."""
         told: dict[str, Any] = {
@@ -152,24 +160,6 @@ class Study:
             about |= {"factor": run.factor, "seed": run.seed, "tag": run.tag}
         return {**about, **provenance(self.options.commit)}
 
-    def _scored(self, model: Any, data: TaskData) -> dict[str, Any]:
-        """Dev scores, and those out of distribution where the task has such a set."""
-        outside: dict[str, Any] = {}
-        rows = self.rows.outside(data.task)
-        if rows is not None:
-            found = evaluate(model, rows, self.tokenizer)
-            outside = {"outside": found, "outside_data": rows.source}
-        scores = evaluate(model, data, self.tokenizer)
-        if not all(isfinite(value) for one in scores.values() for value in one.values()):
-            raise DistillError("diverged: its logits are not finite. Try lower rates.")
-        return {
-            "scores": scores,
-            **outside,
-            "metric": data.task.primary,
-            "data": data.source,
-            "subset": settings.is_subset(data.source),
-        }
-
     def _teacher(self, run: Run) -> dict[str, Any]:
         folder, row = run.folder(self.output), settings.teacher_of(run.task)
         data = self.rows.tokens(run.task)
@@ -187,7 +177,7 @@ class Study:
         model.to("cpu").save_pretrained(folder / "model")
         self.tokenizer.save_pretrained(folder / "model")
         return {
-            **self._scored(model, data),
+            **scored(model, self.rows, data, self.tokenizer),
             "commonest": commonest_class(data),
             "digest": model_digest(model)[:16],
             "parameters": model.num_parameters(),
@@ -225,12 +215,14 @@ class Study:
         stages = [*stages[:-1], replace(stages[-1], learning_rate=rate)]
         history, resumed = self.train(student, teacher, stages, data, folder / "run")
         seconds = round(monotonic() - began, 1)
-        scored = self._scored(student, data)
+        check_finite(student, "diverged", "Try lower rates.")
+        student.load_state_dict(half_weights(student))  # scored as saved
+        scores = scored(student, self.rows, data, self.tokenizer, teacher)
         if not self.options.no_models:
             student.to("cpu").save_pretrained(folder / "model", state_dict=half_weights(student))
             self.tokenizer.save_pretrained(folder / "model")
         return {
-            **scored,
+            **scores,
             "parameters": parameters,
             "teacher_parameters": teacher.num_parameters(),
             "measured_factor": teacher.num_parameters() / parameters,

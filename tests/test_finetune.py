@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from kronbert.distill import Objective, Stage, Term, finetune
 from kronbert.distill.data import TaskData, load_folder, tokenize
 from kronbert.distill.finetune import (
+    answers,
     commonest_class,
     evaluate,
     labels_only,
@@ -252,3 +253,14 @@ def test_commonest_class_is_what_a_constant_model_scores():
     assert found == {"validation": pytest.approx({"accuracy": 0.25, "f1": 0.4})}
     scores = replace(task, labels=None, metrics=("pearson",), primary="pearson")
     assert commonest_class(replace(rows, task=scores)) is None
+
+
+def test_a_stage_in_bf16_leaves_the_model_its_own_forward(tiny_bert, rows, tokenizer, tmp_path):
+    model, fresh = model_of(tiny_bert), model_of(tiny_bert)
+    stage = replace(STAGE, epochs=0.2)
+    run_stage(model, None, stage, rows, tmp_path / "run", tokenizer=tokenizer, precision="bf16")
+    fresh.load_state_dict(model.state_dict())
+    for name, dev in answers(fresh, rows, tokenizer).items():
+        after = answers(model, rows, tokenizer)[name].predictions
+        assert np.array_equal(after, dev.predictions)
+    assert "forward" not in vars(model)

@@ -113,6 +113,29 @@ def test_a_run_is_made_once_and_says_where_it_comes_from(modules, options, glue,
     assert counted == ["teacher", "task", "task", "task"]
 
 
+def test_scores_are_those_of_the_saved_model_and_can_be_made_again(modules, options, glue):
+    options.ood_dir = str(glue / "ood")
+    rows = made(modules, options)
+    assert "fidelity" not in rows["teacher"]
+    agreed = rows["kronbert"]["fidelity"]["validation"]
+    assert 0 <= agreed["agreement"] <= 1
+    assert agreed["kl"] > 0
+    study = modules.runs.Study(options)
+    for run in modules.main.runs_of(options):
+        path = run.folder(study.output) / "result.json"
+        before = json.loads(path.read_text())
+        found = {key: before.pop(key) for key in ("scores", "fidelity", "outside") if key in before}
+        path.write_text(json.dumps({**before, "scores": {}}))
+        again = study.score_again(run)
+        assert again == json.loads(path.read_text())
+        assert {key: again[key] for key in found} == found
+        assert {key: again[key] for key in before} == before
+        assert again["scored_at"]
+    shutil.rmtree(path.parent / "model")
+    with pytest.raises(DistillError, match=r"no model beside it.*--no-models"):
+        study.score_again(run)
+
+
 def test_a_result_of_other_settings_is_refused_or_kept(modules, options, counted):
     made(modules, options)
     Path(options.stage).write_text(json.dumps({**SMALL, "epochs": 2}))
