@@ -87,6 +87,7 @@ TABLES = {
     "compress": compress,
     "study": of_study(study.full_tasks),
     "study_kept": of_study(study.kept),
+    "study_agreement": of_study(study.agreement),
     "study_subsets": of_study(study.subsets),
     "study_outside": of_study(study.outside),
     "study_ablation": of_study(study.ablations),

@@ -50,6 +50,29 @@ def kept(results: Results) -> str:
     return "\n".join(lines) if len(lines) > empty else NONE
 
 
+def agreement(results: Results) -> str:
+    """How far students answer as their teachers do on dev rows, right or wrong."""
+    lines = _head(["factor", "student", *settings.FULL])
+    empty = len(lines)
+    for factor in results.factors():
+        for kind, title in settings.KINDS.items():
+            cells = [_agreed(results, kind, factor, task) for task in settings.FULL]
+            if any(cell != NONE for cell in cells):
+                lines.append(_row([f"{factor:g}", title, *cells]))
+    return "\n".join(lines) if len(lines) > empty else NONE
+
+
+def _agreed(results: Results, kind: str, factor: float, task: str) -> str:
+    runs = results.of(kind, factor, task, settings.MAIN).values()
+    found = [next(iter(run["fidelity"].values())) for run in runs if run.get("fidelity")]
+    if not found:
+        return NONE
+    means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    if "agreement" in means:
+        return f"{100 * means['agreement']:.1f} %, {means['kl']:.3f}"
+    return f"{means['correlation']:.3f}, {means['rmse']:.2f} off"
+
+
 def subsets(results: Results) -> str:
     """Tasks apart: trained, and partly scored, on subsets."""
     return _table(results, settings.PARTIAL, mean=False)

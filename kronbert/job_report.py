@@ -18,9 +18,17 @@ SEQUENCE = 128
 
 
 def write_report(
-    folder: Path, state: Mapping[str, Any], task: Any, source: str, student: Any, teacher: Any
+    folder: Path,
+    state: Mapping[str, Any],
+    task: Any,
+    source: str,
+    agreed: Mapping[str, Mapping[str, float]],
+    student: Any,
+    teacher: Any,
 ) -> dict[str, Any]:
-    """Measure student and teacher, write the report of a finished job into ``folder``; its JSON."""
+    """Measure student and teacher, write the report of a finished job into ``folder``; its JSON.
+
+    agreed: dev set -> what `distill.fidelity.fidelity` says of the two."""
     steps = state["steps"]
     positions = getattr(teacher.config, "max_position_embeddings", None) or SEQUENCE
     measured = report(student, teacher, sequence_length=min(SEQUENCE, positions))
@@ -44,6 +52,7 @@ def write_report(
         "synthetic": source.startswith("synthetic"),
         "scores": scores,
         "metric": f"{first} {task.primary}",
+        "fidelity": agreed,
         "retention": student_score / teacher_score if teacher_score else None,
         "seconds": {name: step["seconds"] for name, step in steps.items()},
         "start": steps.get("start", {}).get("start"),
@@ -139,7 +148,7 @@ def _markdown(
             for value in values.values()
         ]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += ["", measured.to_markdown(), ""]
+    lines += ["", _agreement(content["fidelity"]), "", measured.to_markdown(), ""]
     for title, file in drawn:
         lines += [f"![{title}]({file})", ""]
     minutes = ", ".join(f"{name} {s / 60:.1f} min" for name, s in content["seconds"].items())
@@ -177,6 +186,16 @@ def _summary(content: Mapping[str, Any], measured: Any, first: str, task: Any) -
     if kept is None:
         return f"{said}. What it keeps of the {task.primary} is not defined: the teacher scores 0."
     return f"{said}; it keeps {100 * kept:.1f} % of the {task.primary} on {first}."
+
+
+def _agreement(found: Mapping[str, Mapping[str, float]]) -> str:
+    said = [
+        f"on {100 * one['agreement']:.1f} % of the rows of {name} (KL {one['kl']:.3f})"
+        if "agreement" in one
+        else f"on {name} with a correlation of {one['correlation']:.3f}, {one['rmse']:.2g} off"
+        for name, one in found.items()
+    ]
+    return f"Right or wrong, the student answers as its teacher does {', '.join(said)}."
 
 
 def _training(stages: Mapping[str, Any]) -> str:

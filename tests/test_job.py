@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import kronbert
 from kronbert import job as job_module
 from kronbert.distill.data import load_folder, tokenize
-from kronbert.distill.finetune import evaluate
+from kronbert.distill.fidelity import fidelity
+from kronbert.distill.finetune import answers, evaluate
 from kronbert.distill.recipes.kronbert import kronbert as own_recipe
 from kronbert.errors import CheckpointError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
@@ -46,6 +47,13 @@ def test_report_says_what_the_saved_models_do(finished, tiny_task):
         "validation": {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3)}
     }
     assert "| always the commonest class | 50.0" in (folder / "report.md").read_text()
+    models = (AutoModelForSequenceClassification.from_pretrained(folder / who) for who in
+              ("student", "teacher"))  # fmt: skip
+    own, theirs = (answers(model, rows, tokenizer)["validation"].predictions for model in models)
+    agreed = content["fidelity"]["validation"]
+    assert agreed == fidelity(own, theirs)
+    said = f"answers as its teacher does on {100 * agreed['agreement']:.1f} % of the rows of "
+    assert f"{said}validation (KL {agreed['kl']:.3f})" in (folder / "report.md").read_text()
     assert 3.8 <= content["measured"]["factor"] <= 3.92
     assert content["metric"] == "validation accuracy"
     assert not content["synthetic"]

@@ -64,6 +64,25 @@ def test_short_table_has_students_with_every_task(modules, results):
     assert modules.tables.kept(empty) == "not measured"
 
 
+def test_agreement_with_the_teacher_is_averaged_over_seeds(modules, results):
+    found = {"sst2": {"agreement": 0.9, "kl": 0.1}, "stsb": {"correlation": 0.98, "rmse": 0.25}}
+    runs = [
+        {
+            **row,
+            "fidelity": {"validation": {k: v + row["seed"] / 100 for k, v in found[task].items()}},
+        }
+        if (task := row["task"]) in found and row["student"] == "kronbert"
+        else row
+        for row in results.runs
+    ]
+    told = modules.results.Results({**results.content, "runs": runs})
+    head, _, *rows = rows_of(modules.tables.agreement(told))
+    assert head == ["factor", "student", *modules.settings.FULL]
+    missing = ["not measured"] * 3
+    assert rows == [["8", "**kronbert**", "92.0 %, 0.120", *missing, "1.000, 0.27 off"]]
+    assert modules.tables.agreement(results) == "not measured"
+
+
 def test_table_of_other_texts_names_them(modules, results):
     runs = [
         {**row, "outside": {"imdb": {"accuracy": 0.4}}, "outside_data": "imdb/test.tsv"}
