@@ -75,6 +75,11 @@ def blocks(size: LayerSize, numbers: int) -> Groups:
     return max(fitting, key=lambda one: one[0])[1] if fitting else ()
 
 
+def blocks_with(part: float) -> Choice:
+    """`blocks` of another size; what that saves or costs, the layers get or pay."""
+    return lambda size, numbers: blocks(size, int(part * numbers))
+
+
 def one_rank(size: LayerSize, numbers: int) -> Groups:
     """A truncated SVD."""
     return (svd_rank(size.out, size.inner, numbers),)
@@ -136,5 +141,7 @@ STRUCTURES: dict[str, tuple[tuple[str, ...], Choice]] = {
     "mixed layers": (LINEAR, mixed),
     "one-rank table": (TABLE, one_rank),
     "1 x n table": (TABLE, single),
+    "smaller table": (TABLE, blocks_with(0.75)),
+    "larger table": (TABLE, blocks_with(1.25)),
 }
 """Name -> kinds of layers that change, and to what. "planned": nothing; "uniform": `uniform`."""

@@ -219,6 +219,8 @@ def test_regression(tiny_bert, tmp_path):
     content = compress(settings, lambda _: None)
     assert set(content["scores"]["student"]["validation"]) == {"spearman", "pearson"}
     assert content["scores"]["teacher"]["validation"]["spearman"] > 0.5
+    assert set(content["fidelity"]["validation"]) == {"correlation", "rmse"}
+    assert "on validation with a correlation of " in (tmp_path / "out/report.md").read_text()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
     assert model.config.num_labels == 1
     with pytest.raises(DistillError, match=r"its head has 1 output .* has 2 classes"):

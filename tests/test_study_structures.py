@@ -20,6 +20,8 @@ NAMES = [
     "mixed layers",
     "one-rank table",
     "1 x n table",
+    "smaller table",
+    "larger table",
 ]
 
 
@@ -74,6 +76,18 @@ def test_layers_change_and_tables_stay(study, plan, name, groups):
             assert layer.groups[0].low_rank
             share = layer.groups[0].parameters / layer.weights
             assert 0.3 < share < 0.8
+
+
+@pytest.mark.parametrize(("name", "part"), [("smaller table", 0.75), ("larger table", 1.25)])
+def test_what_a_table_of_another_size_saves_the_layers_get(study, plan, name, part):
+    found = study.restructured(plan, name)
+    (before,), (table,) = (layers_of(one, ("embedding",)) for one in (plan, found))
+    assert 0.97 * part * before.weights < table.weights <= part * before.weights
+    assert len(table.groups) > 1  # blocks of rows
+    was, now = (
+        [layer.groups[0].rank for layer in layers_of(one, ("linear",))] for one in (plan, found)
+    )
+    assert all((b > a) == (part < 1) for a, b in zip(was, now, strict=True))
 
 
 @pytest.mark.parametrize("name", ["one-rank table", "1 x n table"])
