@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -90,8 +90,9 @@ def fit_to_data(
     on ``batches``. The model keeps its values, but for biases that ``new`` shares with it, which
     are written last: an error leaves everything as it was, apart from ``new``'s own matrices.
 
-    A layer that the batches never reach, and a table whose rows share rows of a (b_out > 1), keep
-    the fit to the weight; the report says so."""
+    A layer that the batches never reach, a table of positions, and one whose rows share rows of a
+    (b_out > 1), keep the fit to the weight; the report says so. Positions lie on one smooth curve,
+    of which short texts would leave the far end out."""
     names = [
         layer.size.name
         for layer in plan.converted
@@ -102,7 +103,8 @@ def fit_to_data(
     try:
         for name, bias in kept.items():
             new[name].bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
-        report = _Fit(model, new, names, batches).run()
+        places = {layer.size.name for layer in plan.converted if layer.size.kind == "position"}
+        report = _Fit(model, new, names, batches, places).run()
         fitted = {name: new[name].bias for name in kept}
     finally:
         for name, bias in kept.items():
@@ -124,7 +126,9 @@ class _Fit:
         new: Mapping[str, nn.Module],
         names: Sequence[str],
         batches: Sequence[Any],
+        places: Set[str],
     ) -> None:
+        self._places = places
         modules = dict(teacher.named_modules())
         self._teacher = teacher
         self._student = _beside(teacher, {modules[name]: module for name, module in new.items()})
@@ -256,8 +260,12 @@ class _Fit:
         dense = self._dense[name].weight
         assert isinstance(dense, Tensor)
         before = _table_error(module, dense, count)
-        if any(shape.b_out != 1 for shape in module.groups):
+        kept = None
+        if name in self._places:
+            kept = "positions are fitted to the weight alone: short texts have no far ones"
+        elif any(shape.b_out != 1 for shape in module.groups):
             kept = "rows that share rows of a (b_out > 1) are fitted to the weight alone"
+        if kept:
             return LayerFit(weights_error=before, data_error=before, kept=kept)
         table = dense.detach().cpu()
         pairs = nearest_rows(table, count + SMOOTHING, module.groups)

@@ -20,7 +20,7 @@ import kronbert
 from kronbert import data_init
 from kronbert.moments import Moments, input_moments, pair_moments, token_rows
 from kronbert.walk import Walk, watched
-from kronbert.weighted_fit import nearest_rows, sum_of
+from kronbert.weighted_fit import nearest_rows
 from tests.calibration import LOW_RANK, SMALL, classifier, sentences
 
 KRONECKER = {
@@ -259,17 +259,26 @@ def test_all_calls_of_a_shared_layer_count_alike():
     torch.testing.assert_close(twice.one.bias, once.bias, rtol=1e-4, atol=1e-4)
 
 
-def test_positions_count_where_a_token_stands():
+def test_positions_beyond_the_calibration_are_as_good_as_those_in_it():
     teacher = BertModel(BertConfig(**{**SMALL, "max_position_embeddings": 144})).eval()
     name, batches = "embeddings.position_embeddings", sentences(3)
     rules = {name: {"rank": 4}}
     student = kronbert.convert(teacher, rules=rules, init="data", calibration=batches)
-    count = torch.full((144,), data_init.SMOOTHING, dtype=torch.float64)
+    plain = kronbert.convert(teacher, rules=rules)
+    assert torch.equal(*(model.get_submodule(name).weight for model in (student, plain)))
+    fit = student.data_fit.layers[name]
+    assert "positions are fitted to the weight alone" in fit.kept
+    # The error that is told counts positions where tokens stand.
+    count = torch.zeros(144, dtype=torch.float64)
     for batch in batches:
         count[: batch["attention_mask"].shape[1]] += batch["attention_mask"].sum(0)
-    dense, table = (model.get_submodule(name) for model in (teacher, student))
-    wanted = sum_of(nearest_rows(dense.weight.detach(), count, table.groups))
-    torch.testing.assert_close(table.weight.double(), wanted, rtol=1e-4, atol=1e-5)
+    dense, table = (
+        model.get_submodule(name).weight.detach().double() for model in (teacher, student)
+    )
+    share = (count / count.sum())[:, None]
+    spread = (share * (dense - (share * dense).sum(0)).square()).sum()
+    expected = ((share * (dense - table).square()).sum() / spread).sqrt()
+    assert fit.weights_error == fit.data_error == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_a_long_loader_is_not_read_to_its_end(monkeypatch):
