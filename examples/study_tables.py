@@ -168,11 +168,24 @@ def ablations(results: Results) -> str:
 def _changes(results: Results, kind: str, factor: float, tag: str) -> str:
     """What differs from the main runs: the same for every run of the tag, or all of them."""
     found = {
-        json.dumps(row["changes"])
+        json.dumps(_changed(row, results.of(kind, factor, row["task"], settings.MAIN)))
         for row in results.runs
         if (row["student"], row["factor"], row["tag"]) == (kind, factor, tag)
     }
     return " or ".join(sorted(found))
+
+
+def _changed(row: Mapping[str, Any], main: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """A run's changes; of whole stages only what the main run of its seed has otherwise."""
+    changes = dict(row["changes"])
+    if "stages" not in changes or row["seed"] not in main:
+        return changes
+    usual = {one["name"]: one for one in main[row["seed"]]["stages"]}
+    for stage in changes.pop("stages"):
+        before = usual.get(stage["name"], {})
+        other = {key: value for key, value in stage.items() if before.get(key) != value}
+        changes |= {f"{stage['name']} {key}": value for key, value in other.items()}
+    return changes
 
 
 def retention_picture(results: Results, path: Path) -> bool:
