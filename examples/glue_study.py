@@ -136,9 +136,11 @@ def run(options: Any) -> None:
     if options.list:
         print(listed(study, runs))
     elif options.score_again:
-        for one in runs:
-            if study.done(one):
+        for one in filter(study.done, runs):
+            try:
                 print(f"{one}: {json.dumps(study.score_again(one)['scores'])}", flush=True)
+            except Busy as busy:
+                print(f"{one}: {busy}", flush=True)
     elif failed := work(study, runs):
         sys.exit("\n".join([f"{len(failed)} failed:", *failed]))
 

@@ -315,6 +315,9 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
             if found
         )
         said.insert(2, f"Rows of which students learnt: {counts}.")
+    if any("scored_at" in row for row in rows):
+        scored = _list(rows, lambda row: row.get("scored_at", "")[:8])
+        said.append(f"Scored again, from the saved models, at {scored}.")
     if results.content["limit"] is not None:
         said.append(f"A trial: at most {results.content['limit']} training rows.")
     return " ".join(said)

@@ -89,6 +89,9 @@ def test_a_variant_of_stages_says_what_differs(modules, results):
     runs = [{**row, "stages": usual} for row in results.runs if row["tag"] == "main"]
     runs.append(result("sst2", "kronbert", 8.0, 2, 0.75, "long", changes={"stages": other}))
     told = modules.results.Results({**results.content, "runs": runs})
+    assert "Scored again" not in modules.tables.ablations(told)
+    runs[-1]["scored_at"] = "0123456789"
+    assert "Scored again, from the saved models, at 01234567." in modules.tables.ablations(told)
     *_, row = rows_of(modules.tables.ablations(told))
     assert row[2:5] == ["long", '`{"first epochs": 2.0}`', "75.0 (1 seed) (+3.0)"]
 
