@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from kronbert.distill.averaging import has_average
-from kronbert.distill.checks import check_pair
+from kronbert.distill.checks import check_pair, supervised_layers
 from kronbert.distill.cpu_attention import plain_attention
 from kronbert.distill.data import TaskData, compute_metrics
 from kronbert.distill.dropout import dropout_set_to
@@ -33,7 +33,7 @@ from kronbert.distill.held_out import HeldOut, held_out_batches
 from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.pieces import Pieces
 from kronbert.distill.stages import Stage
-from kronbert.distill.teacher_cache import with_teacher_logits
+from kronbert.distill.teacher_cache import States, WithStates, states_wanted, with_teacher
 from kronbert.distill.trainer import DistillTrainer
 from kronbert.distill.unlabelled import training_rows
 from kronbert.errors import DistillError
@@ -41,7 +41,7 @@ from kronbert.errors import DistillError
 POINTS = 10
 """Evaluations, and checkpoints, of one stage."""
 
-CACHE = "teacher-logits"
+CACHE = "teacher-outputs"
 """The folder of `teacher_cache`, beside that of a run."""
 
 
@@ -69,7 +69,7 @@ def run_stage(
     save the result, and removes the folder then. teacher: None when the objective needs none.
     held_out: packed text that is not trained on; the objective's losses on it are logged as
     `held_out.HeldOut` says. cache: the folder of a stage with ``cache_teacher``, by default
-    ``teacher-logits`` beside ``folder``. precision: see `use_bf16`. arguments: more of
+    ``teacher-outputs`` beside ``folder``. precision: see `use_bf16`. arguments: more of
     `DistillArguments`. Raises `DistillError`."""
     folder = Path(folder)
     task = data.task if isinstance(data, TaskData) else None
@@ -92,9 +92,13 @@ def run_stage(
         },
     )
     rows = training_rows(data, stage) if isinstance(data, TaskData) else data
+    states: States | None = None
     if stage.cache_teacher:
         check_pair(student, teacher, stage.objective, tokenizer)  # before the long computation
-        rows = _taught(rows, teacher, args, cache or folder.parent / CACHE, tokenizer, say)
+        assert teacher is not None  # checked
+        kept = states_of(student, teacher, stage)
+        place = cache or folder.parent / CACHE
+        rows, states = _taught(rows, teacher, kept, args, place, tokenizer, say)
     if task:
         collator: Any = DataCollatorWithPadding(tokenizer)
     else:
@@ -108,6 +112,8 @@ def run_stage(
                 "own; only packed text is cut. Leave pieces out."
             )
         collator = Pieces(collator, stage.pieces, tokenizer)
+    if states is not None:
+        collator = WithStates(collator, states)
     trainer = _StageTrainer(
         student,
         args,
@@ -138,22 +144,30 @@ def run_stage(
     return list(trainer.state.log_history)
 
 
+def states_of(student: nn.Module, teacher: nn.Module, stage: Stage) -> tuple[int, ...]:
+    """Which hidden states of ``teacher`` the stage reads; 0 is the embedding's output."""
+    layers = supervised_layers(student, teacher, stage.objective)
+    return states_wanted(stage.objective.teacher_taps, layers)
+
+
 def _taught(
     rows: Any,
-    teacher: Any,
+    teacher: nn.Module,
+    layers: tuple[int, ...],
     args: Any,
     cache: str | Path,
     tokenizer: Any,
     say: Callable[[str], None] | None,
-) -> Any:
-    """``rows`` with the teacher's logits; one process computes them, the others read them."""
+) -> tuple[Any, States | None]:
+    """``rows`` with what the teacher gives; one process computes it, the others read it."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    with args.main_process_first(desc="the teacher's logits"):
-        return with_teacher_logits(
+    with args.main_process_first(desc="the teacher's outputs"):
+        return with_teacher(
             rows,
             teacher,
             cache,
             tokenizer=tokenizer,
+            layers=layers,
             device=args.device,
             autocast=dtype,
             batch_size=args.per_device_eval_batch_size,

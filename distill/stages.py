@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from kronbert.distill.trainer import DistillArguments
 
 
+CACHED = frozenset({"embedding", "ffn", "logits"})
+"""Taps of a teacher that can be kept on disk; scores grow with the square of the tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """batch_size: examples per optimiser step, over all processes and accumulated batches.
@@ -33,8 +37,9 @@ class Stage:
     number; all else AdamW's. None: AdamW's everywhere. See `muon.Muon`.
     pieces: lengths of which each step of general text takes one, to cut its blocks of max_length
     tokens into; see `pieces.Pieces`. Empty: whole blocks. Task rows have their own lengths.
-    cache_teacher: the teacher's logits are computed once for all rows and kept on disk; for
-    objectives that need no more of the teacher, on task data. See `teacher_cache`."""
+    cache_teacher: what the objective needs of the teacher, logits and hidden states but no scores,
+    is computed once for all rows of a task and kept on disk: hidden states in float16, gigabytes
+    for a million tokens. See `teacher_cache`."""
 
     name: str
     objective: Objective
@@ -85,12 +90,13 @@ class Stage:
         object.__setattr__(self, "pieces", tuple(self.pieces))
         check_pieces(f"Stage({self.name!r})", self.pieces, self.max_length)
         check_switches(f"Stage({self.name!r})", self)
-        if self.cache_teacher and self.objective.teacher_taps != {"logits"}:
-            needed = ", ".join(sorted(self.objective.teacher_taps)) or "nothing"
+        needed = self.objective.teacher_taps
+        if self.cache_teacher and not (needed and needed <= CACHED):
             raise DistillError(
-                f"Stage({self.name!r}, cache_teacher=True): only the teacher's logits are kept, "
-                f"but the objective needs {needed} of it. Set cache_teacher=False, or train on "
-                "the term logits (and labels) alone."
+                f"Stage({self.name!r}, cache_teacher=True): only the teacher's "
+                f"{', '.join(sorted(CACHED))} are kept, but the objective needs "
+                f"{', '.join(sorted(needed)) or 'nothing'} of it. Set cache_teacher=False, or "
+                "drop the other terms."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The teacher's logits of all training rows, computed once and kept on disk for every later run.
+"""What the teacher gives for all training rows, computed once and kept on disk for later runs.
 
-A stage on soft labels alone reads one small vector per row of the teacher; the same vectors serve
-every epoch, every student and every learning rate."""
+Logits are one small vector per row, hidden states one vector per token and layer: 5.4 kB a token of
+a MiniLM of 6 layers, 5.8 GB for a million. The same numbers serve every epoch, every student and
+every learning rate."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.table import InMemoryTable
-from torch import nn
+from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
+from kronbert.distill.taps import Captured, Taps
 from kronbert.errors import DistillError
 
 TEACHER_LOGITS = "teacher_logits"
 """The column of the training rows that `DistillTrainer` takes for the teacher's logits."""
+
+TEACHER_ROW = "teacher_row"
+"""The column that says which of the rows on disk one is: its states are read by `WithStates`."""
+
+TEACHER_STATES = "teacher_states"
+"""The batch's hidden states of the teacher, (batch, tokens, states, width) in float16."""
 
 SAVED_EVERY = 100
 """Batches between two notes of how far the computation is."""
@@ -34,98 +44,229 @@ SAVED_EVERY = 100
 _NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
-def with_teacher_logits(
+@dataclass(frozen=True)
+class States:
+    """Hidden states on disk: of row i the tokens from starts[i] to starts[i + 1].
+
+    layers: which states a token has, in this order; 0 is the embedding's output."""
+
+    values: np.ndarray
+    starts: np.ndarray
+    layers: tuple[int, ...]
+
+    def of(self, rows: Sequence[int]) -> Tensor:
+        """(their tokens in a line, states, width), in float16."""
+        parts = [self.values[self.starts[i] : self.starts[i + 1]] for i in rows]
+        return torch.from_numpy(np.concatenate(parts))
+
+
+class WithStates:
+    """A collator that puts the teacher's `States` beside what ``collate`` makes of the rows."""
+
+    def __init__(self, collate: Any, states: States) -> None:
+        self.collate, self.states = collate, states
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        batch = self.collate([{k: v for k, v in row.items() if k != TEACHER_ROW} for row in rows])
+        if all(TEACHER_ROW in row for row in rows):  # not in evaluation
+            tokens = batch["attention_mask"].bool()
+            found = self.states.of([row[TEACHER_ROW] for row in rows])
+            padded = found.new_zeros(*tokens.shape, *found.shape[1:])
+            padded[tokens] = found
+            batch[TEACHER_STATES] = padded
+        return batch
+
+
+def as_captured(states: Tensor, layers: Sequence[int]) -> Captured:
+    """A batch's states as the teacher's taps would have seen them; layers: as in `States`."""
+    found = Captured()
+    for place, layer in enumerate(layers):
+        if layer:
+            found.ffn[layer] = states[:, :, place]
+        else:
+            found.embedding = states[:, :, place]
+    return found
+
+
+def states_wanted(taps: Iterable[str], layers: Iterable[int]) -> tuple[int, ...]:
+    """`States.layers` of an objective's teacher taps and its resolved layer map."""
+    embedding = (0,) if "embedding" in taps else ()
+    return (*embedding, *sorted({n for n in layers if n})) if "ffn" in taps else embedding
+
+
+def with_teacher(
     rows: datasets.Dataset,
     teacher: nn.Module,
     folder: str | Path,
     *,
     tokenizer: Any,
+    layers: Sequence[int] = (),
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     batch_size: int = 64,
     say: Callable[[str], None] | None = None,
-) -> datasets.Dataset:
-    """Tokenised ``rows`` with the column `TEACHER_LOGITS`, (rows, classes) in float32.
+) -> tuple[datasets.Dataset, States | None]:
+    """Tokenised ``rows`` with the column `TEACHER_LOGITS`, (rows, classes) in float32, and, with
+    ``layers`` (`States.layers`), the column `TEACHER_ROW` and the `States` it points at.
 
-    The vectors lie in ``folder`` as <digest>.npy; the digest covers the teacher's weights and
-    configuration, the rows' inputs and ``autocast``, so an equal run reads them and any other one
-    computes its own. An interrupted computation is continued. The teacher is put in eval mode on
-    ``device``, unless it is spread over several. Raises `DistillError` for logits that are not one
-    finite vector per row."""
+    The numbers lie in ``folder`` as <digest>.npy and <digest>-states.npy; the digest covers the
+    teacher's weights and configuration, the rows' inputs, ``layers`` and ``autocast``, so an equal
+    run reads them and any other one computes its own. An interrupted computation is continued. The
+    teacher is put in eval mode on ``device``, unless it is spread over several. Raises
+    `DistillError` for logits that are not one finite vector per row, for states that float16 cannot
+    hold, and where the disk is too small."""
     taken = [
         name for name in rows.column_names if name in inspect.signature(teacher.forward).parameters
     ]
     inputs = rows.select_columns([name for name in taken if name != "labels"])
-    key = _digest([model_digest(teacher), rows_digest(inputs), str(autocast)])
-    path = Path(folder) / f"{key}.npy"
-    if path.is_file():
+    asked = [str(list(layers))] if layers else []
+    key = _digest([model_digest(teacher), rows_digest(inputs), str(autocast), *asked])
+    path, beside = Path(folder) / f"{key}.npy", Path(folder) / f"{key}-states.npy"
+    lengths = _lengths(inputs)
+    if path.is_file() and (not layers or beside.is_file()):
         if say is not None:
-            say(f"teacher's logits of {len(rows)} rows: {path}")
+            what = "logits and hidden states" if layers else "logits"
+            say(f"teacher's {what} of {len(rows)} rows: {path}")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         teacher.eval()
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(device)
-        _compute(inputs, teacher, path, DataCollatorWithPadding(tokenizer), autocast, batch_size)
+        reader = _Reader(teacher, tuple(layers), autocast)
+        _compute(inputs, lengths, reader, path, beside, DataCollatorWithPadding(tokenizer),
+                 batch_size)  # fmt: skip
     logits = np.load(path)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
-    column = datasets.Dataset(InMemoryTable(pa.table({TEACHER_LOGITS: vectors})))
-    return datasets.concatenate_datasets([rows, column], axis=1)
+    columns: dict[str, Any] = {TEACHER_LOGITS: vectors}
+    states = None
+    if layers:
+        columns[TEACHER_ROW] = pa.array(range(len(rows)))
+        states = States(np.load(beside, mmap_mode="r"), _starts(lengths), tuple(layers))
+    column = datasets.Dataset(InMemoryTable(pa.table(columns)))
+    return datasets.concatenate_datasets([rows, column], axis=1), states
+
+
+class _Reader:
+    """The teacher's logits (rows, classes) of a batch, and the states of its tokens in a line."""
+
+    def __init__(
+        self, teacher: nn.Module, layers: tuple[int, ...], autocast: torch.dtype | None
+    ) -> None:
+        self.teacher, self.layers, self.autocast = teacher, layers, autocast
+        needs = {"ffn" if layer else "embedding" for layer in layers}
+        self.taps = Taps(teacher, needs, [layer for layer in layers if layer]) if layers else None
+        self.width = int(getattr(teacher.config, "hidden_size", 0)) if layers else 0
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray | None]:
+        device = next(self.teacher.parameters()).device
+        given = {name: value.to(device) for name, value in batch.items()}
+        mixed = nullcontext()
+        if self.autocast is not None:
+            mixed = torch.autocast(device.type, self.autocast)  # type: ignore[assignment]
+        with torch.inference_mode(), mixed:
+            if self.taps is None:
+                return _plain(self.teacher(**given).logits), None
+            with self.taps.capture() as seen:
+                logits = self.teacher(**given).logits
+            tokens = given["attention_mask"].bool()
+            each = [seen.ffn[layer] if layer else seen.embedding for layer in self.layers]
+            states = torch.stack([state[tokens] for state in each if state is not None], dim=1)
+            return _plain(logits), np.asarray(states.half().cpu().numpy())
 
 
 def _compute(
     rows: datasets.Dataset,
-    teacher: nn.Module,
+    lengths: Sequence[int],
+    reader: _Reader,
     path: Path,
+    beside: Path,
     collate: Any,
-    autocast: torch.dtype | None,
     batch_size: int,
 ) -> None:
-    """Write ``path``; rows of one length share a batch. What is done is noted beside it."""
-    part, note = path.with_suffix(".part"), path.with_suffix(".json")
-    order = np.argsort(_lengths(rows), kind="stable")
-    done = json.loads(note.read_text())["done"] if note.is_file() and part.is_file() else 0
-    out = np.load(part, mmap_mode="r+") if done else None
+    """Write ``path``, and ``beside`` where the reader has states; rows of one length share a batch.
+    What is done is noted beside them."""
+    part, states_part, note = (
+        path.with_suffix(".part"), beside.with_suffix(".part"), path.with_suffix(".json")
+    )  # fmt: skip
+    order, starts = np.argsort(lengths, kind="stable"), _starts(lengths)
+    parts = [part, states_part] if reader.layers else [part]
+    whole = note.is_file() and all(one.is_file() for one in parts)
+    done = json.loads(note.read_text())["done"] if whole else 0
+    if not done:
+        _need_space(path.parent, 2 * int(starts[-1]) * len(reader.layers) * reader.width)
+    outs = [np.load(one, mmap_mode="r+") for one in parts] if done else []
     for number, start in enumerate(range(done, len(order), batch_size), start=1):
         picked = order[start : start + batch_size]
-        logits = _logits(teacher, collate([rows[int(i)] for i in picked]), autocast)
-        if logits.ndim != 2:
-            raise DistillError(
-                f"cache_teacher: {type(teacher).__name__} gives logits {logits.shape} for "
-                f"{len(picked)} rows: only one vector per row is kept. Set cache_teacher=False."
-            )
-        if not np.isfinite(logits).all():
-            bad = int(picked[~np.isfinite(logits).all(1)][0])
-            raise DistillError(
-                f"cache_teacher: the teacher's logits of row {bad} are not finite: its training "
-                "diverged. Fine-tune it with a lower learning rate."
-            )
-        if out is None:
-            shape = (len(rows), logits.shape[1])
-            out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-        out[picked] = logits
+        logits, states = reader(collate([rows[int(i)] for i in picked]))
+        _check(logits, states, picked, type(reader.teacher).__name__)
+        if not outs:
+            outs = [_opened(part, np.float32, (len(rows), logits.shape[1]))]
+            if states is not None:
+                shape = (int(starts[-1]), *states.shape[1:])
+                outs.append(_opened(states_part, np.float16, shape))
+        outs[0][picked] = logits
+        if states is not None:
+            ends = np.cumsum([lengths[i] for i in picked])[:-1]
+            for i, one in zip(picked, np.split(states, ends), strict=True):
+                outs[1][starts[i] : starts[i + 1]] = one
         if number % SAVED_EVERY == 0:
-            out.flush()
+            for out in outs:
+                out.flush()
             note.with_suffix(".new").write_text(json.dumps({"done": start + len(picked)}))
             os.replace(note.with_suffix(".new"), note)
-    if out is None:
+    if not outs:
         raise DistillError("cache_teacher: no training rows. Give one at least.")
-    out.flush()
-    del out  # closed before it is renamed
+    for out in outs:
+        out.flush()
+    del out, outs  # closed before they are renamed
+    if reader.layers:
+        os.replace(states_part, beside)
     os.replace(part, path)
     note.unlink(missing_ok=True)
 
 
-def _logits(teacher: nn.Module, batch: Any, autocast: torch.dtype | None) -> np.ndarray:
-    device = next(teacher.parameters()).device
-    mixed = nullcontext() if autocast is None else torch.autocast(device.type, autocast)
-    with torch.inference_mode(), mixed:
-        found = teacher(**{name: value.to(device) for name, value in batch.items()}).logits
-    return np.asarray(found.float().cpu().numpy())
+def _check(logits: np.ndarray, states: np.ndarray | None, picked: np.ndarray, teacher: str) -> None:
+    if logits.ndim != 2:
+        raise DistillError(
+            f"cache_teacher: {teacher} gives logits {logits.shape} for {len(picked)} rows: only "
+            "one vector per row is kept. Set cache_teacher=False."
+        )
+    if not np.isfinite(logits).all():
+        bad = int(picked[~np.isfinite(logits).all(1)][0])
+        raise DistillError(
+            f"cache_teacher: the teacher's logits of row {bad} are not finite: its training "
+            "diverged. Fine-tune it with a lower learning rate."
+        )
+    if states is not None and not np.isfinite(states).all():
+        raise DistillError(
+            f"cache_teacher: hidden states of {teacher} are not finite in float16, in which they "
+            "are kept. Set cache_teacher=False."
+        )
+
+
+def _opened(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+
+def _need_space(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise DistillError(
+            f"cache_teacher: the teacher's hidden states take {wanted / 1e9:.1f} GB, but "
+            f"{folder} has {free / 1e9:.1f} GB left. Set cache_teacher=False, or make room."
+        )
+
+
+def _plain(logits: Tensor) -> np.ndarray:
+    return np.asarray(logits.float().cpu().numpy())
 
 
 def _lengths(rows: datasets.Dataset) -> list[int]:
     return [len(ids) for ids in rows["input_ids"]]
+
+
+def _starts(lengths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))]).astype(np.int64)
 
 
 def model_digest(model: nn.Module) -> str:

@@ -23,7 +23,13 @@ from kronbert.distill.objectives import Objective, term_losses
 from kronbert.distill.rates import rate_factors, split_groups
 from kronbert.distill.stages import check_switches
 from kronbert.distill.taps import Captured, Taps
-from kronbert.distill.teacher_cache import TEACHER_LOGITS
+from kronbert.distill.teacher_cache import (
+    TEACHER_LOGITS,
+    TEACHER_ROW,
+    TEACHER_STATES,
+    as_captured,
+    states_wanted,
+)
 from kronbert.errors import DistillError
 
 
@@ -155,7 +161,7 @@ class DistillTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns: list[str] = list(self._signature_columns or ())
-            extra = {*self._teacher_inputs, TEACHER_LOGITS} - set(columns)
+            extra = {*self._teacher_inputs, TEACHER_LOGITS, TEACHER_ROW} - set(columns)
             self._signature_columns: Any = [*columns, *sorted(extra)]
 
     def compute_loss(
@@ -203,9 +209,12 @@ class DistillTrainer(Trainer):
         """
         if self.teacher is None or self._teacher_taps is None:
             return None
-        if TEACHER_LOGITS in inputs:
-            logits = inputs[TEACHER_LOGITS]
-            return Captured(outputs=SequenceClassifierOutput(logits=logits))
+        wanted = states_wanted(self.objective.teacher_taps, self.layers)
+        states = inputs.get(TEACHER_STATES)
+        if TEACHER_LOGITS in inputs and (states is not None or not wanted):
+            found = Captured() if states is None else as_captured(states, wanted)
+            found.outputs = SequenceClassifierOutput(logits=inputs[TEACHER_LOGITS])
+            return found
         given = _only(inputs, self._teacher_inputs, self.label_names)
         with torch.no_grad(), self.accelerator.autocast():
             with self._teacher_taps.capture() as captured:

@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--stage", help='JSON (or its file) over the task\'s stage: \'{"epochs": 5, "ema": 0.99}\'')
     add("--tag", help="name of the variant that --stage makes")
     add("--limit", type=int, help="training rows (a trial)")
+    add("--cache-teacher", action="store_true", help="teachers' hidden states on disk, once for "
+        "all students of a task: 6 GB each for MiniLM")  # fmt: skip
     add("--threads", type=int, default=1, help="of this process, on the CPU")
     add("--only-missing", action="store_true", help="keep results of other settings as they are")
     add("--no-models", action="store_true", help="do not save the students")

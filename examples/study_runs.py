@@ -33,9 +33,10 @@ from kronbert.distill.finetune import (
     labels_only,
     last_checkpoint,
     run_stage,
+    states_of,
     use_bf16,
 )
-from kronbert.distill.teacher_cache import model_digest, with_teacher_logits
+from kronbert.distill.teacher_cache import model_digest, with_teacher
 from kronbert.distill.unlabelled import training_rows
 from kronbert.errors import DistillError
 from kronbert.job_folder import write_whole
@@ -43,7 +44,7 @@ from kronbert.job_models import check_finite, model_name, open_model, open_teach
 from kronbert.pretrain import half_weights
 
 RESULT, ASKED, RATES = "result.json", "asked.json", "rates.json"
-LOGITS = "teacher-logits"
+OUTPUTS = "teacher-outputs"
 
 
 class Busy(Exception):
@@ -213,6 +214,8 @@ class Study:
         parameters = student.num_parameters()
         stages = training.stages_of(run.kind, run.seed)
         stages = [*stages[:-1], replace(stages[-1], learning_rate=rate)]
+        if self.options.cache_teacher:
+            stages = [replace(one, cache_teacher=True) for one in stages]
         history, resumed = self.train(student, teacher, stages, data, folder / "run")
         seconds = round(monotonic() - began, 1)
         check_finite(student, "diverged", "Try lower rates.")
@@ -294,7 +297,7 @@ class Study:
             self.train(student, teacher, stages[:-1], data, folder / "run")
             student.to("cpu")
             rows = rows_of(stages[-1], data)
-            with self.cached(stages[-1], teacher, rows) as cache:
+            with self.cached(stages[-1], student, teacher, rows) as cache:
                 search = search_rates(
                     student,
                     teacher,
@@ -328,7 +331,7 @@ class Study:
                 continue
             resumed = resumed or last_checkpoint(place, averaged=stage.ema is not None) is not None
             rows = rows_of(stage, data)
-            with self.cached(stage, teacher, rows) as cache:
+            with self.cached(stage, model, teacher, rows) as cache:
                 log = run_stage(
                     model,
                     teacher,
@@ -351,17 +354,18 @@ class Study:
         return history, resumed
 
     @contextmanager
-    def cached(self, stage: Stage, teacher: Any, data: TaskData) -> Iterator[Path]:
-        """The folder with the teacher's logits for ``stage``; one process computes them."""
-        folder = self.output / data.task.name / LOGITS
+    def cached(self, stage: Stage, student: Any, teacher: Any, data: TaskData) -> Iterator[Path]:
+        """The folder with what ``stage`` reads of the teacher; one process computes it."""
+        folder = self.output / data.task.name / OUTPUTS
         if stage.cache_teacher:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock"):
-                with_teacher_logits(
+                with_teacher(
                     training_rows(data, stage),
                     teacher,
                     folder,
                     tokenizer=self.tokenizer,
+                    layers=states_of(student, teacher, stage),
                     device="cuda" if torch.cuda.is_available() else "cpu",
                     autocast=torch.bfloat16 if use_bf16("auto") else None,
                 )

@@ -271,7 +271,7 @@ def test_several_stages_text_cache_and_copies(modules, options, counted, tmp_pat
     assert row["data"].endswith(f"; {row['rows'] - 64} rows without a label")
     assert "rows without a label" in row["data"]
     assert {step["stage"] for step in row["history"]} == {"hidden", "task", "hard"}
-    assert len(list((Path(options.output) / "sst2/teacher-logits").glob("*.npy"))) == 1
+    assert len(list((Path(options.output) / "sst2/teacher-outputs").glob("*.npy"))) == 1
 
 
 def test_teacher_and_student_go_on_from_another_task(modules, options, monkeypatch):

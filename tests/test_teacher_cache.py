@@ -1,7 +1,8 @@
-"""The teacher's logits on disk: the same numbers, one computation, no teacher in training."""
+"""The teacher's outputs on disk: the same numbers, one computation, no teacher in training."""
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -19,9 +20,12 @@ from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.finetune import run_stage
 from kronbert.distill.teacher_cache import (
     TEACHER_LOGITS,
+    TEACHER_ROW,
+    TEACHER_STATES,
+    WithStates,
     model_digest,
     rows_digest,
-    with_teacher_logits,
+    with_teacher,
 )
 from kronbert.errors import DistillError
 
@@ -47,14 +51,20 @@ def rows(tiny_task, tokenizer):
 def calls(monkeypatch):
     """How many batches the teachers have seen."""
     seen = []
-    real = teacher_cache._logits
+    real = teacher_cache._Reader.__call__
 
-    def counted(teacher, batch, autocast):
+    def counted(reader, batch):
         seen.append(len(batch["input_ids"]))
-        return real(teacher, batch, autocast)
+        return real(reader, batch)
 
-    monkeypatch.setattr(teacher_cache, "_logits", counted)
+    monkeypatch.setattr(teacher_cache._Reader, "__call__", counted)
     return seen
+
+
+def with_teacher_logits(*args, **given):
+    taught, states = with_teacher(*args, **given)
+    assert states is None
+    return taught
 
 
 def model_of(folder, seed=1):
@@ -161,7 +171,7 @@ def test_a_stage_learns_the_same_without_running_the_teacher(
         )
     ]  # fmt: skip
     assert len(calls) == 4
-    assert len(list((tmp_path / "cached" / "teacher-logits").glob("*.npy"))) == 1
+    assert len(list((tmp_path / "cached" / "teacher-outputs").glob("*.npy"))) == 1
     for name, value in plain.state_dict().items():
         assert torch.allclose(cached.state_dict()[name], value, atol=2e-4), name
     start = model_of(tiny_bert).state_dict()["bert.embeddings.word_embeddings.weight"]
@@ -177,8 +187,119 @@ def test_a_stage_learns_the_same_without_running_the_teacher(
     teacher.register_forward_pre_hook(never)
     run_stage(
         model_of(tiny_bert), teacher, STAGE, rows, tmp_path / "third" / "run",
-        cache=tmp_path / "cached" / "teacher-logits", max_steps=2, **given,
+        cache=tmp_path / "cached" / "teacher-outputs", max_steps=2, **given,
     )  # fmt: skip
+
+
+HIDDEN = Objective(terms=(Term(tap="embedding"), Term(tap="ffn"), *SOFT.terms))
+
+
+def test_every_token_has_its_own_states(tiny_bert, rows, tokenizer, tmp_path):
+    teacher = a_teacher(tiny_bert)
+    train = rows.train.shuffle(seed=3)
+    depth = teacher.config.num_hidden_layers
+    _, states = with_teacher(
+        train, teacher, tmp_path, tokenizer=tokenizer, batch_size=7, layers=(0, depth)
+    )
+    lengths = [len(ids) for ids in train["input_ids"]]
+    assert states.values.shape == (sum(lengths), 2, teacher.config.hidden_size)
+    assert len(set(lengths)) > 5  # a wrong start would show
+    for place in (0, 5, len(train) - 1):
+        ids = torch.tensor([train[place]["input_ids"]])
+        with torch.no_grad():
+            seen = teacher(input_ids=ids, output_hidden_states=True).hidden_states
+        expected = torch.stack([seen[0][0], seen[depth][0]], dim=1)
+        assert torch.allclose(states.of([place]).float(), expected, atol=4e-3)
+
+
+def test_a_collator_puts_states_where_their_tokens_are(tiny_bert, rows, tokenizer, tmp_path):
+    taught, states = with_teacher(
+        rows.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer, layers=(0, 1)
+    )
+    collate = WithStates(DataCollatorWithPadding(tokenizer), states)
+    lengths = np.array([len(ids) for ids in taught["input_ids"]])
+    short, long = int(lengths.argmin()), int(lengths.argmax())
+    batch = collate([taught[short], taught[long]])
+    found = batch[TEACHER_STATES]
+    assert TEACHER_ROW not in batch
+    assert found.shape[:3] == (2, lengths[long], 2)
+    assert torch.equal(found[0, : lengths[short]], states.of([short]))
+    assert torch.equal(found[1], states.of([long]))
+    assert not found[0, lengths[short] :].any()
+    plain = collate([{k: v for k, v in taught[0].items() if k != TEACHER_ROW}])
+    assert TEACHER_STATES not in plain  # an evaluation's rows
+
+
+def test_a_stage_on_hidden_states_learns_the_same(tiny_bert, rows, tokenizer, tmp_path, calls):
+    given = {"tokenizer": tokenizer, "precision": "fp32"}
+    stage = replace(STAGE, objective=HIDDEN)
+    plain, cached = model_of(tiny_bert), model_of(tiny_bert)
+    logs = [
+        run_stage(model, a_teacher(tiny_bert), one, rows, tmp_path / name / "run", **given)
+        for model, one, name in (
+            (plain, replace(stage, cache_teacher=False), "plain"), (cached, stage, "cached"),
+        )
+    ]  # fmt: skip
+    assert len(calls) == 4
+    names = sorted(p.name for p in (tmp_path / "cached" / "teacher-outputs").iterdir())
+    assert len(names) == 2
+    assert names[0].removesuffix("-states.npy") == names[1][:-4]
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(cached.state_dict()[name], value, atol=3e-4), name
+    for key in ("loss_embedding", "loss_ffn", "loss_logits"):
+        losses = [[row[key] for row in log if key in row] for log in logs]
+        assert losses[0][0] > 1e-3
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3), key
+
+    def never(*args):
+        raise AssertionError("the teacher was run")
+
+    teacher = a_teacher(tiny_bert)
+    teacher.register_forward_pre_hook(never)
+    hidden = replace(stage, objective=Objective(terms=HIDDEN.terms[:2]))
+    run_stage(
+        model_of(tiny_bert), teacher, hidden, rows, tmp_path / "third" / "run",
+        cache=tmp_path / "cached" / "teacher-outputs", max_steps=2, **given,
+    )  # fmt: skip
+
+
+def test_states_go_on_where_they_were_cut(monkeypatch, calls, tiny_bert, rows, tokenizer, tmp_path):
+    monkeypatch.setattr(teacher_cache, "SAVED_EVERY", 2)
+    given = {"tokenizer": tokenizer, "batch_size": 16, "layers": (0, 1)}
+    _, whole = with_teacher(rows.train, a_teacher(tiny_bert), tmp_path / "a", **given)
+    teacher, left = a_teacher(tiny_bert), [5]
+
+    def cut(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    handle = teacher.register_forward_pre_hook(cut)
+    with pytest.raises(KeyboardInterrupt):
+        with_teacher(rows.train, teacher, tmp_path / "b", **given)
+    handle.remove()
+    calls.clear()
+    _, again = with_teacher(rows.train, teacher, tmp_path / "b", **given)
+    assert len(calls) == 12
+    assert np.array_equal(whole.values, again.values)
+
+
+def test_a_disk_that_is_too_small_is_said_first(
+    monkeypatch, calls, tiny_bert, rows, tokenizer, tmp_path
+):
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(DistillError, match=r"hidden states take 0\.\d GB, but .* has 0\.0 GB left"):
+        with_teacher(rows.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer, layers=(0, 1))
+    assert calls == []
+
+
+def test_states_that_float16_cannot_hold(tiny_bert, rows, tokenizer, tmp_path):
+    teacher = a_teacher(tiny_bert)
+    with torch.no_grad():
+        teacher.bert.encoder.layer[0].output.LayerNorm.bias.fill_(1e5)
+    with pytest.raises(DistillError, match="not finite in float16"):
+        with_teacher(rows.train, teacher, tmp_path, tokenizer=tokenizer, layers=(1,))
 
 
 def test_bf16_has_logits_of_its_own(calls, tiny_bert, rows, tokenizer, tmp_path):
@@ -194,12 +315,12 @@ def test_bf16_has_logits_of_its_own(calls, tiny_bert, rows, tokenizer, tmp_path)
 @pytest.mark.parametrize(
     ("terms", "needed"),
     [
-        ((Term(tap="logits"), Term(tap="ffn")), "ffn, logits"),
+        ((Term(tap="logits"), Term(tap="scores")), "logits, scores"),
         ((Term(tap="labels"),), "nothing"),
     ],
 )
 def test_other_taps_are_refused(terms, needed):
-    with pytest.raises(DistillError, match=f"only the teacher's logits are kept.*needs {needed}"):
+    with pytest.raises(DistillError, match=f"embedding, ffn, logits are kept.*needs {needed}"):
         replace(STAGE, objective=Objective(terms=terms))
 
 
