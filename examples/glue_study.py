@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     add("--commit", default="unknown", help="recorded outside of a git checkout")
     add("--score-again", action="store_true", help="score the saved models of finished runs anew")
     add("--list", action="store_true", help="what is done and what is missing")
-    add("--collect", nargs="+", metavar="OUTPUT", help="gather the results of these folders")
+    add("--collect", nargs="+", metavar="OUTPUT", help="gather the results of these folders, and "
+        "of a JSON of earlier")  # fmt: skip
     add("--results", default="examples/results/glue_study.json", help="JSON that --collect writes")
     return made
 

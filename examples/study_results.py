@@ -15,37 +15,58 @@ import study_settings as settings  # type: ignore[import-not-found]
 from kronbert.errors import DataError
 from kronbert.job_folder import write_whole
 
+RESULT = "result.json"
+
 IDENTITY = ("task", "student", "factor", "seed", "tag")
 
 
-def collect(folders: list[Path], target: Path) -> dict[str, Any]:
-    """Write every result.json below ``folders`` into one JSON, a line per run; returns it.
+def collect(sources: list[Path], target: Path) -> dict[str, Any]:
+    """Write every result.json below the folders among ``sources`` into one JSON, a line per run;
+    returns it. A file among them is such a JSON of earlier: its runs stay, with their teachers, but
+    for those that a folder has anew. Teachers are made anew where their folders are gone, so every
+    student is held against its own.
 
     Refused (`DataError`): a run that two folders have with different scores, trials (--limit)
-    beside whole runs, a student of another teacher, text that looks like a path of this machine."""
+    beside whole runs, a student without its teacher, text that looks like a path of this machine.
+    """
     found: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("result.json")):
-            row = json.loads(path.read_text())
-            if "student" not in row:
-                continue  # a learning rate's short run
-            row = _kept(row)
-            key = tuple(row.get(name) for name in IDENTITY)
-            if key in found and found[key][1]["scores"] != row["scores"]:
-                raise DataError(
-                    f"{path} and {found[key][0]}: one run with different scores. Collect one."
-                )
-            found.setdefault(key, (path, row))
+    for path in (one for source in sources if source.is_dir() for one in source.rglob(RESULT)):
+        row = json.loads(path.read_text())
+        if "student" not in row:
+            continue  # a learning rate's short run
+        row, key = _kept(row), _key(row)
+        if key in found and found[key][1]["scores"] != row["scores"]:
+            raise DataError(
+                f"{path} and {found[key][0]}: one run with different scores. Collect one."
+            )
+        found.setdefault(key, (path, row))
+    for path in (source for source in sources if source.is_file()):
+        before = json.loads(path.read_text())
+        for row in (*before["teachers"], *before["runs"]):
+            found.setdefault(_key(row), (path, row))
     if not found:
-        raise DataError(f"--collect {' '.join(map(str, folders))}: no result.json in there.")
-    rows = [row for _, row in found.values()]
+        raise DataError(f"--collect {' '.join(map(str, sources))}: no {RESULT} in there.")
+    rows = [found[key][1] for key in sorted(found, key=str)]
     _check(rows)
-    teachers = [row for row in rows if row["student"] == "teacher"]
     runs = [row for row in rows if row["student"] != "teacher"]
+    taught = {(row["task"], row["teacher_digest"]) for row in runs}
+    tasks = {task for task, _ in taught}
+    teachers = [
+        row
+        for row in rows
+        if row["student"] == "teacher"
+        and (row["task"] not in tasks or (row["task"], row["digest"]) in taught)
+    ]
     content = {"limit": rows[0]["limit"], "teachers": teachers, "runs": runs}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, _text(content))
     return content
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Tells runs apart; of a teacher its weights, too: several may have taught one task."""
+    own = row["digest"] if row["student"] == "teacher" else None
+    return (*(row.get(name) for name in IDENTITY), own)
 
 
 def _kept(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,12 +87,13 @@ def _check(rows: list[dict[str, Any]]) -> None:
         if len(found) > 1:
             said = ", ".join(sorted(found))
             raise DataError(f"--collect: runs with --{key} {said} side by side. Collect one kind.")
-    digests = {row["task"]: row["digest"] for row in rows if row["student"] == "teacher"}
+    digests = {(row["task"], row["digest"]) for row in rows if row["student"] == "teacher"}
     for row in rows:
         who = " ".join(str(row.get(name)) for name in IDENTITY)
-        if row["student"] != "teacher" and row["teacher_digest"] != digests.get(row["task"]):
+        known = row["student"] == "teacher" or (row["task"], row["teacher_digest"]) in digests
+        if not known:
             raise DataError(
-                f"{who}: distilled from another teacher than the one of {row['task']} that was "
+                f"{who}: distilled from another teacher than those of {row['task']} that were "
                 "collected. Remove the run, or collect it with its teacher."
             )
         for text in _texts(row):
@@ -127,7 +149,8 @@ class Results:
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.content, self.runs = content, content["runs"]
-        self.teachers = {row["task"]: row for row in content["teachers"]}
+        self.every_teacher = content["teachers"]
+        self.teachers = {row["task"]: row for row in self.every_teacher}
 
     def of(self, kind: str, factor: float, task: str, tag: str) -> dict[int, Mapping[str, Any]]:
         """Seed -> run."""
@@ -146,17 +169,22 @@ class Results:
         scored = {seed: score_of(row, sets) for seed, row in found.items()}
         return {seed: score for seed, score in scored.items() if score is not None}
 
-    def teacher(self, task: str, sets: str = "scores") -> float | None:
-        return score_of(self.teachers[task], sets) if task in self.teachers else None
+    def teacher(self, task: str, sets: str = "scores") -> Spread | None:
+        """Over the task's teachers."""
+        rows = [row for row in self.every_teacher if row["task"] == task]
+        scores = (score_of(row, sets) for row in rows)
+        return Spread.over([score for score in scores if score is not None])
 
     def retained(
         self, kind: str, factor: float, task: str, tag: str = settings.MAIN, sets: str = "scores"
     ) -> dict[int, float]:
-        """Seed -> student / teacher."""
-        full = self.teacher(task, sets)
-        if not full:
-            return {}
-        return {s: v / full for s, v in self.scores(kind, factor, task, tag, sets).items()}
+        """Seed -> student / its own teacher."""
+        full = {
+            row["digest"]: score_of(row, sets) for row in self.every_teacher if row["task"] == task
+        }
+        found = self.of(kind, factor, task, tag)
+        pairs = {s: (score_of(r, sets), full.get(r["teacher_digest"])) for s, r in found.items()}
+        return {s: own / of for s, (own, of) in pairs.items() if own is not None and of}
 
     def mean_score(self, kind: str, factor: float, tag: str = settings.MAIN) -> Spread | None:
         """Over the five full tasks, seed by seed; None unless a seed has all of them."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kronbert.errors import DataError, near
 from kronbert.planning import LayerSize, Plan
-from kronbert.row_ranks import row_ranks
+from kronbert.row_ranks import POWER, row_ranks
 from kronbert.search import Candidate, pareto, predicted_loss, svd_rank
 from kronbert.shapes import Groups, KroneckerShape, divisors, low_rank
 
@@ -65,11 +65,11 @@ def uniform(plan: Plan) -> Plan:
     return at(high)
 
 
-def blocks(size: LayerSize, numbers: int) -> Groups:
-    """Blocks of rows with ranks of their own."""
+def blocks(size: LayerSize, numbers: int, power: float = POWER) -> Groups:
+    """Blocks of rows with ranks of their own; power: of the law by which words occur."""
     fitting = [
         (kept, groups)
-        for groups, kept in row_ranks(size.out, size.inner)
+        for groups, kept in row_ranks(size.out, size.inner, power)
         if sum(shape.parameters for shape in groups) <= numbers
     ]
     return max(fitting, key=lambda one: one[0])[1] if fitting else ()
@@ -78,6 +78,11 @@ def blocks(size: LayerSize, numbers: int) -> Groups:
 def blocks_with(part: float) -> Choice:
     """`blocks` of another size; what that saves or costs, the layers get or pay."""
     return lambda size, numbers: blocks(size, int(part * numbers))
+
+
+def blocks_by(power: float) -> Choice:
+    """`blocks` by another law, of the size they have."""
+    return lambda size, numbers: blocks(size, numbers, power)
 
 
 def one_rank(size: LayerSize, numbers: int) -> Groups:
@@ -141,6 +146,9 @@ STRUCTURES: dict[str, tuple[tuple[str, ...], Choice]] = {
     "mixed layers": (LINEAR, mixed),
     "one-rank table": (TABLE, one_rank),
     "1 x n table": (TABLE, single),
+    "table by i ** -0.75": (TABLE, blocks_by(0.75)),
+    "table by i ** -0.5": (TABLE, blocks_by(0.5)),
+    "table by i ** -0.25": (TABLE, blocks_by(0.25)),
     "smaller table": (TABLE, blocks_with(0.75)),
     "larger table": (TABLE, blocks_with(1.25)),
 }

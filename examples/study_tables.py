@@ -102,9 +102,10 @@ def _table(
     heads = titles or [_task_title(results, task) for task in tasks]
     lines = _head(["factor", "student", "parameters", *heads, *(["mean", "kept"] if mean else [])])
     full = {task: results.teacher(task, sets) for task in tasks}
-    cells = [_percent(full[task]) for task in tasks]
+    cells = [_of_teachers(full[task]) for task in tasks]
     sizes = sorted({row["parameters"] for t, row in results.teachers.items() if t in tasks})
-    lines.append(_row(["1", "teacher", _size(sizes), *cells, *_of_mean(full.values(), mean)]))
+    means = [None if one is None else one.mean for one in full.values()]
+    lines.append(_row(["1", "teacher", _size(sizes), *cells, *_of_mean(means, mean)]))
     if sets == SCORES:
         base = {task: _commonest(results, task) for task in tasks}
         cells = [_commonest_cell(results, task, base[task]) for task in tasks]
@@ -245,6 +246,12 @@ def _percent(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f}"
 
 
+def _of_teachers(spread: Spread | None) -> str:
+    if spread is None or spread.spread is None:
+        return _percent(None if spread is None else spread.mean)
+    return f"{_plain(spread)} ({spread.seeds} teachers)"
+
+
 def _plain(spread: Spread | None, unit: str = "") -> str:
     if spread is None:
         return NONE
@@ -285,7 +292,7 @@ def _commonest_cell(results: Results, task: str, score: float | None) -> str:
 
 def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
     """Where the figures come from: data, seeds, machines, versions and commits."""
-    teachers = [row for row in results.teachers.values() if row["task"] in tasks]
+    teachers = [row for row in results.every_teacher if row["task"] in tasks]
     runs = [row for row in results.runs if row["task"] in tasks]
     rows = [*teachers, *runs]
     data = "outside_data" if sets == OUTSIDE else "data"
@@ -300,7 +307,7 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
         + (" on dev sets" if sets == SCORES else " on texts of another origin")
         + "; mean ± standard deviation over seeds"
         + (f" {', '.join(map(str, seeds))}" if seeds else "")
-        + "; percent: student / teacher.",
+        + "; percent: student / its teacher.",
         f"Data: {_list(rows, lambda row: _files(row.get(data)))}.",
         f"Started from: {', '.join(starts) or 'no stage-1 student'}.",
         f"Machines: {_list(rows, lambda row: row['machine'])}; torch "

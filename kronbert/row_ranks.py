@@ -54,24 +54,24 @@ def edges_of(rows: int) -> tuple[int, ...]:
     return tuple(first + round(edge * (rows - first)) for edge in EDGES)
 
 
-def shares_of(rows: int) -> tuple[float, ...]:
+def shares_of(rows: int, power: float = POWER) -> tuple[float, ...]:
     """Of the text, flattened: what lies in no block, then the blocks."""
     edges = edges_of(rows)
 
     def until(row: int) -> float:
-        return float((row - edges[0] + OFFSET) ** (1 - POWER))
+        return float((row - edges[0] + OFFSET) ** (1 - power))
 
     whole = until(rows) - until(edges[0])
     blocks = [(until(b) - until(a)) / whole for a, b in pairwise(edges)]
     return (1 - sum(blocks), *blocks)
 
 
-def row_ranks(rows: int, width: int) -> Iterator[tuple[Groups, float]]:
+def row_ranks(rows: int, width: int, power: float = POWER) -> Iterator[tuple[Groups, float]]:
     """Groups of a (rows, width) table, one rank of one block more each time, and the predicted part
     of its output that is kept. Each step adds the rank that keeps most per number."""
     if rows < SMALLEST:
         return
-    edges, shares = edges_of(rows), shares_of(rows)
+    edges, shares = edges_of(rows), shares_of(rows, power)
     sizes = [b - a for a, b in pairwise(edges)]
     sizes = [rows - sum(sizes), *sizes]
     ranks = [1] + [0] * (len(sizes) - 1)

@@ -20,6 +20,9 @@ NAMES = [
     "mixed layers",
     "one-rank table",
     "1 x n table",
+    "table by i ** -0.75",
+    "table by i ** -0.5",
+    "table by i ** -0.25",
     "smaller table",
     "larger table",
 ]

@@ -1,5 +1,7 @@
 """The study's tables and picture: means, what is missing, and the same seeds compared."""
 
+import json
+
 import pytest
 from matplotlib.image import imread
 
@@ -10,6 +12,7 @@ def result(task, kind, factor, seed, score, tag="main", **more):
         "scores": {"validation": {"accuracy": score}}, "metric": "accuracy", "start": None,
         "parameters": 2_840_000, "data": f"{task}/train.tsv", "subset": False, "machine": "a chip",
         "versions": {"torch": "2", "transformers": "5"}, "commit": "abcdef1234", "changes": {},
+        **({"digest": "d1"} if kind == "teacher" else {"teacher_digest": "d1"}),
         **more,
     }  # fmt: skip
 
@@ -54,6 +57,50 @@ def test_table_shows_means_and_what_is_missing(modules, results):
     empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
     assert modules.tables.full_tasks(empty) == "not measured"
     assert modules.tables.subsets(results) == "not measured"
+
+
+def test_students_are_held_against_their_own_teachers(modules, results):
+    other = {**results.every_teacher[0], "scores": {"validation": {"accuracy": 0.9}}}
+    teachers = [*results.every_teacher, {**other, "digest": "d2"}]
+    runs = [
+        {**row, "teacher_digest": "d2"} if (row["task"], row["seed"]) == ("sst2", 3) else row
+        for row in results.runs
+    ]
+    told = modules.results.Results({**results.content, "teachers": teachers, "runs": runs})
+    kept = told.retained("kronbert", 8.0, "sst2")
+    assert kept == pytest.approx({1: 0.71 / 0.8, 2: 0.72 / 0.8, 3: 0.73 / 0.9})
+    _, _, teacher, *_ = rows_of(modules.tables.full_tasks(told))
+    assert teacher[3:5] == ["85.0 ± 7.1 (2 teachers)", "80.0"]
+
+
+def test_collect_adds_to_what_was_collected_before(modules, tmp_path):
+    def put(folder, row):
+        place = tmp_path / folder / row["task"] / f"{row['student']}-{row['seed']}"
+        place.mkdir(parents=True)
+        asked = {"model": "a model", "limit": None}
+        content = {**row, "history": [], "asked": asked}
+        (place / "result.json").write_text(json.dumps(content))
+
+    def gather(*sources):
+        found = modules.results.collect(
+            [tmp_path / name for name in sources], tmp_path / "all.json"
+        )
+        return {(r["seed"], r["scores"]["validation"]["accuracy"]) for r in found["runs"]}, [
+            row["digest"] for row in found["teachers"]
+        ]
+
+    first = result("sst2", "teacher", 1.0, 42, 0.8)
+    put("old", first)
+    put("old", result("sst2", "kronbert", 8.0, 1, 0.7))
+    put("old", result("sst2", "kronbert", 8.0, 2, 0.6))
+    assert gather("old") == ({(1, 0.7), (2, 0.6)}, ["d1"])
+    put("new", {**first, "digest": "d2"})
+    put("new", {**result("sst2", "kronbert", 8.0, 2, 0.75), "teacher_digest": "d2"})
+    put("new", {**result("sst2", "kronbert", 8.0, 3, 0.65), "teacher_digest": "d2"})
+    assert gather("new", "all.json") == ({(1, 0.7), (2, 0.75), (3, 0.65)}, ["d1", "d2"])
+    (tmp_path / "old/sst2/kronbert-1/result.json").unlink()
+    put("new", {**result("sst2", "kronbert", 8.0, 1, 0.5), "teacher_digest": "d2"})
+    assert gather("all.json", "new") == ({(1, 0.5), (2, 0.75), (3, 0.65)}, ["d2"])
 
 
 def test_short_table_has_students_with_every_task(modules, results):

@@ -1,0 +1,195 @@
+"""Which structure learns most from a task: short equal training of students of one size.
+
+    python examples/structure_study.py --model FOLDER_OR_HUB --data-dir GLUE --teachers runs/study
+
+Every student is fitted to the same training rows and then learns the same rows in the same order,
+by the library's recipe cut short: the teacher's hidden states, its answers in the last fifth. How
+far its hidden states and answers are from the teacher's is measured on dev rows, and on texts of
+another origin where the task has them. --teachers: an --output of glue_study.py. Each student is a
+folder below --output; several processes may work on different tasks (--tasks).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import datasets
+import study_settings as settings  # type: ignore[import-not-found]
+import torch
+from study_data import Rows  # type: ignore[import-not-found]
+from study_provenance import provenance  # type: ignore[import-not-found]
+from study_structures import STRUCTURES, restructured  # type: ignore[import-not-found]
+from transformers import set_seed
+
+import kronbert
+from kronbert.distill.data import TaskData
+from kronbert.distill.fidelity import fidelity
+from kronbert.distill.finetune import answers, evaluate, run_stage
+from kronbert.distill.recipes.kronbert import task_stages
+from kronbert.distill.teacher_cache import model_digest
+from kronbert.job_begin import hidden_error, row_batches
+from kronbert.job_folder import write_whole
+from kronbert.job_models import open_model, open_tokenizer, quiet
+
+MEASURED = 512
+"""Rows on which hidden states are compared, of dev and of another origin."""
+
+COMMAND = "python examples/structure_study.py --model MODEL --data-dir GLUE --teachers TEACHERS"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = made.add_argument
+    add("--model", required=True, help="hub name or folder of the base encoder")
+    add("--teachers", required=True, help="folder with TASK/teacher/model")
+    add("--data-dir", help="GLUE folders; without it the hub")
+    add("--ood-dir", help="imdb/test.tsv and paws_wiki/dev.tsv (or .gz, .xz): measured as well")
+    add("--tasks", nargs="+", default=["sst2", "mrpc", "cola"])
+    add("--factors", nargs="+", type=float, default=[8.0, 19.0])
+    add("--structures", nargs="+", default=list(STRUCTURES), choices=STRUCTURES, metavar="NAME")
+    add("--seeds", nargs="+", type=int, default=[42])
+    add("--tokens", type=int, default=250_000, help="of the rows, of which there are 1.25 passes")
+    add("--fit", type=int, default=512, help="training rows to which a student is fitted")
+    add("--output", default="runs/structures", help="one folder per student")
+    add("--results", default="examples/results/structures.json")
+    add("--threads", type=int, default=1)
+    return made
+
+
+def main() -> None:
+    options = parser().parse_args()
+    torch.set_num_threads(options.threads)
+    datasets.disable_progress_bars()
+    options.limit, options.text, options.ood_limit = None, None, MEASURED
+    output = Path(options.output)
+    with quiet():
+        tokenizer = open_tokenizer(options.model)
+        rows = Rows(options, tokenizer)
+        for task in options.tasks:
+            one = Task(options, task, rows, tokenizer)
+            for seed in options.seeds:
+                for factor in options.factors:
+                    for name in options.structures:
+                        found = one.made(output, factor, name, seed)
+                        said = json.dumps(found["dev"])
+                        print(f"{task} {factor:g}x {name}, seed {seed}: {said}", flush=True)
+    collect(output, Path(options.results), options.tokens)
+
+
+class Task:
+    """A task's teacher and rows, and the students that learn them."""
+
+    def __init__(self, options: Any, name: str, rows: Rows, tokenizer: Any) -> None:
+        self.options, self.name, self.tokenizer = options, name, tokenizer
+        self.teacher = open_model(str(Path(options.teachers, name, "teacher", "model")))
+        training = settings.training_of(name, {})
+        self.whole = rows.tokens(name, training)
+        self.data = some_rows(self.whole, options.tokens)
+        self.sets = {"dev": self.whole, "outside": rows.outside(self.whole.task)}
+
+    def made(self, output: Path, factor: float, name: str, seed: int) -> dict[str, Any]:
+        """The student's row: from its folder, or trained now."""
+        words = "".join(c if c.isalnum() or c == "." else "-" for c in name)
+        folder = output / self.name / f"{factor:g}-{words}-seed{seed}"
+        path = folder / "row.json"
+        if not path.is_file():
+            row = self._made(folder, output / self.name / "teacher", factor, name, seed)
+            write_whole(path, json.dumps(row, indent=1) + "\n")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def _made(
+        self, folder: Path, cache: Path, factor: float, name: str, seed: int
+    ) -> dict[str, Any]:
+        set_seed(seed)
+        teacher, began = self.teacher, monotonic()
+        teacher.requires_grad_(True)  # training froze it, and a student copies that
+        plan = kronbert.plan(teacher, factor=factor, errors=False)
+        plan = restructured(plan, name)
+        fit = row_batches(self.whole.train, self.options.fit, seed, self.tokenizer)
+        student = kronbert.convert(teacher, plan=plan, init="data", calibration=fit)
+        fitted = self.measured(student)
+        stages = task_stages(self.name)
+        passes = stages[0].epochs
+        for stage in stages:
+            short = replace(stage, epochs=stage.epochs / passes, seed=seed, cache_teacher=True)
+            run_stage(
+                student,
+                teacher,
+                short,
+                self.data,
+                folder / short.name,
+                tokenizer=self.tokenizer,
+                cache=cache,
+                disable_tqdm=True,
+                logging_strategy="no",
+                eval_strategy="no",
+            )
+        return {
+            "task": self.name,
+            "factor": factor,
+            "structure": name,
+            "seed": seed,
+            "parameters": plan.parameters,
+            "flops_per_token": plan.linear_flops(1),
+            "table": next(
+                " + ".join(shape.spec for shape in layer.groups)
+                for layer in plan.converted
+                if layer.size.kind == "embedding"
+            ),
+            "teacher": model_digest(teacher)[:16],
+            "metric": self.whole.task.primary,
+            "fitted": fitted,
+            **self.measured(student),
+            "seconds": round(monotonic() - began, 1),
+            **provenance("unknown"),
+        }
+
+    def measured(self, student: Any) -> dict[str, Any]:
+        """Of each set: the score, the fidelity, and how far the hidden states are off."""
+        found = {}
+        for name, data in self.sets.items():
+            if data is None:
+                continue
+            dev = next(iter(data.validation))
+            data = replace(data, validation={dev: data.validation[dev]})
+            own, theirs = (answers(one, data, self.tokenizer)[dev].predictions
+                           for one in (student, self.teacher))  # fmt: skip
+            batches = row_batches(data.validation[dev], MEASURED, 0, self.tokenizer)
+            found[name] = {
+                **evaluate(student, data, self.tokenizer)[dev],
+                **fidelity(own, theirs),
+                "hidden": hidden_error(student, self.teacher, batches),
+            }
+        return found
+
+
+def some_rows(data: TaskData, tokens: int) -> TaskData:
+    """``data`` with as many of its rows, drawn once, as hold about so many tokens."""
+    parts = [data.train, *([] if data.unlabelled is None else [data.unlabelled])]
+    share = tokens / sum(len(ids) for part in parts for ids in part["input_ids"])
+    kept = [
+        part.shuffle(seed=0).select(range(max(1, min(len(part), round(share * len(part))))))
+        for part in parts
+    ]
+    return replace(data, train=kept[0], unlabelled=kept[1] if len(kept) > 1 else None)
+
+
+def collect(output: Path, results: Path, tokens: int) -> None:
+    """Every student that is done, in one file."""
+    rows = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/row.json"))]
+    order = list(STRUCTURES)
+    rows.sort(key=lambda row: (row["factor"], row["task"], order.index(row["structure"]),
+                               row["seed"]))  # fmt: skip
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    told = json.dumps(f"{COMMAND} --tokens {tokens}")
+    write_whole(results, f'{{\n "command": {told},\n "rows": [\n  {lines}\n ]\n}}\n')
+
+
+if __name__ == "__main__":
+    main()
