@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kronbert.errors import DataError, near
 from kronbert.planning import LayerSize, Plan
-from kronbert.row_ranks import POWER, row_ranks
+from kronbert.row_ranks import FLAT_POWER, row_ranks
 from kronbert.search import Candidate, pareto, predicted_loss, svd_rank
 from kronbert.shapes import Groups, KroneckerShape, divisors, low_rank
 
@@ -65,7 +65,7 @@ def uniform(plan: Plan) -> Plan:
     return at(high)
 
 
-def blocks(size: LayerSize, numbers: int, power: float = POWER) -> Groups:
+def blocks(size: LayerSize, numbers: int, power: float = FLAT_POWER) -> Groups:
     """Blocks of rows with ranks of their own; power: of the law by which words occur."""
     fitting = [
         (kept, groups)

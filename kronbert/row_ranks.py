@@ -31,6 +31,9 @@ carry more of a sentence's meaning than of its length, and the optimum is flat (
 instead of 0.174). English Wikipedia's counts to the power 0.75, times the squared length of each
 row of MiniLM's table, lie 0.31 / 0.23 / 0.21 in the three blocks, the law's 0.33 / 0.17 / 0.20."""
 
+FLAT_POWER = 0.75
+"""What takes `POWER`'s place where ranks are shared out among the blocks."""
+
 CLOSENESS = (1.0, 1.4, 1.1, 1.0)
 """What is lost of a truncated SVD's law, to this power, is lost in each part: the most frequent
 words lie closer together. Kept of the first block at rank 64 / 128 / 256: 0.61 / 0.80 / 0.96, law
@@ -66,12 +69,13 @@ def shares_of(rows: int, power: float = POWER) -> tuple[float, ...]:
     return (1 - sum(blocks), *blocks)
 
 
-def row_ranks(rows: int, width: int, power: float = POWER) -> Iterator[tuple[Groups, float]]:
+def row_ranks(rows: int, width: int, power: float = FLAT_POWER) -> Iterator[tuple[Groups, float]]:
     """Groups of a (rows, width) table, one rank of one block more each time, and the predicted part
-    of its output that is kept. Each step adds the rank that keeps most per number."""
+    of its output that is kept. Each step adds the rank that keeps most per number, of words that
+    count by ``power``; what is kept counts them by `POWER`."""
     if rows < SMALLEST:
         return
-    edges, shares = edges_of(rows), shares_of(rows, power)
+    edges, shares, flat = edges_of(rows), shares_of(rows), shares_of(rows, power)
     sizes = [b - a for a, b in pairwise(edges)]
     sizes = [rows - sum(sizes), *sizes]
     ranks = [1] + [0] * (len(sizes) - 1)
@@ -84,7 +88,7 @@ def row_ranks(rows: int, width: int, power: float = POWER) -> Iterator[tuple[Gro
         gains = [
             share * (_kept(rank + 1, width, close) - now) / (size + width)
             for share, rank, now, size, close in zip(
-                shares, whole, kept, sizes, CLOSENESS, strict=True
+                flat, whole, kept, sizes, CLOSENESS, strict=True
             )
         ]
         best = max(range(len(gains)), key=gains.__getitem__)
