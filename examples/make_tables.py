@@ -92,6 +92,7 @@ TABLES = {
     "study_outside": of_study(study.outside),
     "study_ablation": of_study(study.ablations),
     "tables": lambda: stage1_tables.tables(RESULTS / "tables.json"),
+    "structures": lambda: stage1_tables.structures(RESULTS / "structures.json"),
     "stage1": lambda: stage1_tables.stage1(RESULTS / "stage1.json"),
 }
 

@@ -58,6 +58,61 @@ def _notes(content: dict[str, Any]) -> str:
     )
 
 
+def structures(path: Path) -> str:
+    """What students of one size and several structures learnt of tasks, by structure_study.py."""
+    if not path.is_file():
+        return NONE
+    content = json.loads(path.read_text())
+    rows = content["rows"]
+    places = list(dict.fromkeys((r["task"], kind) for r in rows for kind in ("dev", "outside")
+                                if kind in r))  # fmt: skip
+    titles = [task if kind == "dev" else f"{task}, outside" for task, kind in places]
+    lines = [
+        "| factor | structure | word table | MFLOPs per token | " + " | ".join(titles) + " |",
+        "|" + "---|" * (4 + len(places)),
+    ]
+    for factor, name in dict.fromkeys((row["factor"], row["structure"]) for row in rows):
+        own = [row for row in rows if (row["factor"], row["structure"]) == (factor, name)]
+        ranks = " + ".join(_ranks(part) for part in own[0]["table"].split(" + "))
+        cells = [f"{factor:g}", name, ranks, f"{own[0]['flops_per_token'] / 1e6:.2f}"]
+        for task, kind in places:
+            cells.append(_learnt([row for row in own if row["task"] == task], kind))
+        lines.append("| " + " | ".join(cells) + " |")
+    said = "; ".join(sorted({str(row["machine"]) for row in rows}))
+    commits = "; ".join(sorted({row["commit"][:8] for row in rows}))
+    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
+    note = (
+        "Score; mean KL of the student's answers from the teacher's, in nats; squared error of the "
+        "hidden states, summed over the layers. Dev sets, and texts of another origin (sst2: IMDb, "
+        f"mrpc: PAWS). Word table: ranks of all rows and of the blocks. Seed {seeds}; {said}; "
+        f"commits {commits}; `{content['command']}`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _ranks(spec: str) -> str:
+    """The number of terms: "15:30522x1*1x384" has 15, without the colon it is one."""
+    return spec.split(":")[0] if ":" in spec else "1"
+
+
+def _learnt(rows: list[dict[str, Any]], kind: str) -> str:
+    """Means over the seeds."""
+    found = [(row[kind], row["metric"]) for row in rows if kind in row]
+    if not found:
+        return NONE
+    score, off, hidden = (
+        sum(values) / len(found)
+        for values in zip(
+            *(
+                (one[metric], one.get("kl", one.get("rmse")), one["hidden"])
+                for one, metric in found
+            ),
+            strict=True,
+        )
+    )
+    return f"{100 * score:.1f}; {off:.3f}; {hidden:.3f}"
+
+
 def tables(path: Path) -> str:
     """What word tables of one size lose on every text, fitted to its words or all rows alike."""
     if not path.is_file():

@@ -17,7 +17,7 @@ import importlib.util
 import random
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,36 @@ def finished(
         patch.setattr(job_report, "report", lambda *a, **k: full(*a, **{**k, "seconds": 0.05}))
         content = compress(settings, said.append)
     return folder, settings, content, said
+
+
+GOOD, BAD = ["good", "fine", "bright", "kind"], ["bad", "poor", "dull", "rude"]
+PLAIN = ["the", "a", "soup", "room", "film", "was", "and", "it"]
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sst2 and mnli (named a subset) in folders, and an out-of-distribution set."""
+    root, rng = tmp_path_factory.mktemp("glue"), random.Random(0)
+
+    def sentence(good: object) -> str:
+        words = rng.choices(GOOD if good else BAD, k=3) + rng.choices(PLAIN, k=rng.randint(1, 6))
+        rng.shuffle(words)
+        return " ".join(words)
+
+    def write(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["\t".join(columns), *("\t".join(row) for row in rows)]) + "\n")
+
+    for name, count in (("train", 64), ("dev", 32)):
+        rows = [(sentence(i % 2), str(i % 2)) for i in range(count)]
+        write(root / "glue/sst2" / f"{name}.tsv", ("sentence", "label"), rows)
+    labels = ("entailment", "neutral", "contradiction")
+    for name in ("train_subset", "dev_matched", "dev_mismatched"):
+        rows = [(sentence(i % 2), sentence(i % 3), labels[i % 3]) for i in range(36)]
+        write(root / "glue/mnli" / f"{name}.tsv", ("premise", "hypothesis", "label"), rows)
+    rows = [(sentence(i < 10), str(int(i < 10))) for i in range(20)]
+    write(root / "ood/imdb/test.tsv", ("text", "label"), rows)
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The GLUE study on a tiny BERT: its runs, skipping, resuming, locks, collecting."""
 
 import json
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,36 +12,6 @@ from filelock import FileLock
 from kronbert.distill.recipes.kronbert import task_stages
 from kronbert.errors import DataError, DistillError
 from kronbert.job_models import open_model
-
-GOOD, BAD = ["good", "fine", "bright", "kind"], ["bad", "poor", "dull", "rude"]
-PLAIN = ["the", "a", "soup", "room", "film", "was", "and", "it"]
-
-
-@pytest.fixture(scope="module")
-def glue(tmp_path_factory):
-    """sst2 and mnli (named a subset) in folders, and an out-of-distribution set."""
-    root, rng = tmp_path_factory.mktemp("glue"), random.Random(0)
-
-    def sentence(good):
-        words = rng.choices(GOOD if good else BAD, k=3) + rng.choices(PLAIN, k=rng.randint(1, 6))
-        rng.shuffle(words)
-        return " ".join(words)
-
-    def write(path, columns, rows):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(["\t".join(columns), *("\t".join(row) for row in rows)]) + "\n")
-
-    for name, count in (("train", 64), ("dev", 32)):
-        rows = [(sentence(i % 2), str(i % 2)) for i in range(count)]
-        write(root / "glue/sst2" / f"{name}.tsv", ("sentence", "label"), rows)
-    labels = ("entailment", "neutral", "contradiction")
-    for name in ("train_subset", "dev_matched", "dev_mismatched"):
-        rows = [(sentence(i % 2), sentence(i % 3), labels[i % 3]) for i in range(36)]
-        write(root / "glue/mnli" / f"{name}.tsv", ("premise", "hypothesis", "label"), rows)
-    rows = [(sentence(i < 10), str(int(i < 10))) for i in range(20)]
-    write(root / "ood/imdb/test.tsv", ("text", "label"), rows)
-    return root
-
 
 LAST = {k: v for k, v in task_stages("sst2")[-1].to_dict().items() if k != "seed"}
 SMALL = {"stages": [LAST], "epochs": 1, "batch_size": 16, "rates": [1e-3],

@@ -1,0 +1,72 @@
+"""The study of structures on a tiny BERT: one row per student, made once; its table."""
+
+import importlib
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture
+def study(modules, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    names = ("structure_study", "stage1_tables")
+    yield Namespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def command(tiny_bert, glue, tmp_path, modules, monkeypatch):
+    """The study's arguments, its teacher made."""
+    monkeypatch.setitem(modules.settings.TEACHER, "epochs", 1)
+    shared = ["--model", tiny_bert, "--data-dir", glue / "glue", "--tasks", "sst2"]
+    given = [*shared, "--output", tmp_path / "out", "--students"]
+    options = modules.main.parser().parse_args([str(word) for word in given])
+    assert not modules.main.work(modules.runs.Study(options), modules.main.runs_of(options))
+    own = ["--teachers", tmp_path / "out", "--ood-dir", glue / "ood", "--factors", 3, "--fit", 16,
+           "--tokens", 400, "--output", tmp_path / "own", "--results",
+           tmp_path / "found.json"]  # fmt: skip
+    return [str(word) for word in (*shared, *own)]
+
+
+def run(study, command, monkeypatch, *more):
+    monkeypatch.setattr(sys, "argv", ["structure_study.py", *command, *more])
+    study.structure_study.main()
+
+
+def test_students_of_one_size_learn_the_same_rows(study, command, monkeypatch, tmp_path, capsys):
+    seen = []
+    real = study.structure_study.run_stage
+
+    def counted(student, teacher, stage, data, *rest, **more):
+        seen.append((stage.name, sum(len(ids) for ids in data.train["input_ids"])))
+        return real(student, teacher, stage, data, *rest, **more)
+
+    monkeypatch.setattr(study.structure_study, "run_stage", counted)
+    names = ["planned", "single layers"]
+    run(study, command, monkeypatch, "--structures", *names)
+    assert [name for name, _ in seen] == ["intermediate", "task"] * 2
+    assert len(set(seen)) == 2
+    assert 300 < seen[0][1] < 500
+    content = json.loads((tmp_path / "found.json").read_text())
+    rows = {row["structure"]: row for row in content["rows"]}
+    assert list(rows) == names
+    assert 0.9 < rows["single layers"]["parameters"] / rows["planned"]["parameters"] <= 1
+    assert rows["single layers"]["flops_per_token"] != rows["planned"]["flops_per_token"]
+    for row in rows.values():
+        assert row["dev"].keys() == {"accuracy", "agreement", "kl", "hidden"}
+        assert row["dev"]["hidden"] < row["fitted"]["dev"]["hidden"]
+        assert row["outside"]["hidden"] > 0
+    assert len(list((tmp_path / "own/sst2/teacher").glob("*-states.npy"))) == 1
+    run(study, command, monkeypatch, "--structures", *names)
+    assert len(seen) == 4
+    head, _, first, *_ = study.stage1_tables.structures(tmp_path / "found.json").splitlines()
+    assert head.endswith("| MFLOPs per token | sst2 | sst2, outside |")
+    own = rows["planned"]["dev"]
+    expected = f"{100 * own['accuracy']:.1f}; {own['kl']:.3f}; {own['hidden']:.3f}"
+    assert first.split(" | ")[4] == expected
