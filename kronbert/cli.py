@@ -133,6 +133,9 @@ def compress(
         str | None, typer.Option(help="more text of the task's kind, without labels")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="of stage 2; default: the recipe's")] = None,
+    cache_teacher: Annotated[
+        bool, typer.Option(help="read rows with the teacher once for all passes; gigabytes of disk")
+    ] = False,
     learning_rate: Annotated[float | None, typer.Option(help="of stage 2")] = None,
     batch_size: Annotated[int | None, typer.Option(help="rows per step")] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
@@ -164,6 +167,7 @@ def compress(
         augment=augment,
         unlabelled=unlabelled,
         epochs=epochs,
+        cache_teacher=cache_teacher,
         learning_rate=learning_rate,
         batch_size=batch_size,
         max_length=max_length,

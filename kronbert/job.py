@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
@@ -125,6 +126,7 @@ class _Job:
                 batch_size=settings.batch_size,
                 max_length=length,
                 seed=settings.seed,
+                cache_teacher=settings.cache_teacher,
             )
             for stage in steps
         ]
@@ -179,6 +181,8 @@ class _Job:
         return pack_text(text, self.tokenizer, self.general.max_length)
 
     def run(self) -> None:
+        from .distill.finetune import CACHE
+
         folder, settings = self.folder, self.settings
         steps = 3 + len(self.on_task)
         what = f"1/{steps} teacher: {settings.model} on {self.task.name} ({self.data.source})"
@@ -192,6 +196,7 @@ class _Job:
             aim = "hidden states" if stage.name == "intermediate" else "answers"
             what = f"{number}/{steps} stage 2 on {self.task.name}: the teacher's {aim}"
             folder.step(stage.name, what, partial(self._distil, stage))
+        shutil.rmtree(folder.path / CACHE, ignore_errors=True)
         folder.step("report", f"{steps}/{steps} report", self._report)
 
     def _teacher(self) -> dict[str, Any]:

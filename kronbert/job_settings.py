@@ -24,7 +24,8 @@ class CompressSettings:
     Rows without labels that stage 2 reads beside the training rows: splice: rows made of two
     training rows, None: as many as the recipe wants; augment: copies of every training row with
     words replaced; unlabelled: text of the task's kind, as `kronbert.distill.unlabelled_text` takes
-    it."""
+    it. cache_teacher: the teacher reads stage 2's rows once, for all passes; what it gives lies
+    below ``output`` meanwhile, see `kronbert.distill.Stage`."""
 
     model: str
     task: str
@@ -46,6 +47,7 @@ class CompressSettings:
     splice: int | None = None
     augment: int = 0
     unlabelled: str | None = None
+    cache_teacher: bool = False
     teacher_epochs: float = 3
     teacher_learning_rate: float | None = None
     precision: str = "auto"

@@ -309,8 +309,8 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(root / "glue/sst2" / f"{name}.tsv", ("sentence", "label"), rows)
     labels = ("entailment", "neutral", "contradiction")
     for name in ("train_subset", "dev_matched", "dev_mismatched"):
-        rows = [(sentence(i % 2), sentence(i % 3), labels[i % 3]) for i in range(36)]
-        write(root / "glue/mnli" / f"{name}.tsv", ("premise", "hypothesis", "label"), rows)
+        pairs = [(sentence(i % 2), sentence(i % 3), labels[i % 3]) for i in range(36)]
+        write(root / "glue/mnli" / f"{name}.tsv", ("premise", "hypothesis", "label"), pairs)
     rows = [(sentence(i < 10), str(int(i < 10))) for i in range(20)]
     write(root / "ood/imdb/test.tsv", ("text", "label"), rows)
     return root

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import kronbert
 from kronbert import job as job_module
+from kronbert.distill import finetune, teacher_cache
 from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.fidelity import fidelity
 from kronbert.distill.finetune import answers, evaluate
@@ -243,6 +244,27 @@ def test_stage_2_reads_rows_without_a_label(tiny_bert, tiny_task, tmp_path):
     for key in ("augment", "splice"):
         with pytest.raises(PlanError, match=rf"compress\({key}=-1\): expected 0 or more"):
             CompressSettings(model="m", task="t", output="o", factor=8, **{key: -1})
+
+
+def test_the_teacher_reads_rows_once_where_it_may(finished, tiny_task, tmp_path, monkeypatch):
+    teacher, seen = finished[0] / "teacher", []
+    real = teacher_cache._Reader.__call__
+
+    def counted(reader, batch):
+        seen.append(len(batch["input_ids"]))
+        return real(reader, batch)
+
+    monkeypatch.setattr(teacher_cache._Reader, "__call__", counted)
+    for name in ("plain", "cached"):
+        settings = settings_for(
+            teacher, tiny_task, tmp_path / name, epochs=1, cache_teacher=name == "cached"
+        )
+        compress(settings, lambda line: None)
+        assert seen == ([64] * 4 if name == "cached" else [])
+        assert not (tmp_path / name / finetune.CACHE).exists()
+    plain, cached = (weights(tmp_path / name / "student") for name in ("plain", "cached"))
+    for name, value in plain.items():
+        assert torch.allclose(cached[name], value, atol=2e-3), name
 
 
 def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
