@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,49 +60,81 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["muon"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._move(parameter, group)
+                self._move(group)
         # Loading a state makes new groups and a new state.
         self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
         self._adamw.state = self.state
         self._adamw.step()
         return loss
 
-    def _move(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
-        gradient: Any = parameter.grad
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(direction(ahead), alpha=-group["lr"])
+    def _move(self, group: Mapping[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+        gradients: Any = [parameter.grad for parameter in parameters]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, directions(ahead), alpha=-group["lr"])
 
 
-def direction(gradient: Tensor) -> Tensor:
-    """A stack (rank, rows, columns) -> the step of rate 1 of its shape.
+def directions(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Stacks (rank, rows, columns) -> the steps of rate 1 of their shapes.
 
     Terms are matrices of their own; those with one row or column are the rows of one matrix, the
     (rank, n) factor of a truncated SVD. All singular values of a matrix become about one."""
+    steps = orthogonal([_matrices(gradient) for gradient in gradients])
+    return [
+        (RMS * max(step.shape[1:]) ** 0.5 * step).reshape(gradient.shape).to(gradient)
+        for step, gradient in zip(steps, gradients, strict=True)
+    ]
+
+
+def _matrices(gradient: Tensor) -> Tensor:
     vectors = min(gradient.shape[1:]) == 1
-    matrices = gradient.reshape(1, len(gradient), -1) if vectors else gradient
-    longer = max(matrices.shape[1:])
-    return (RMS * longer**0.5) * orthogonal(matrices).reshape(gradient.shape).to(gradient)
+    return gradient.reshape(1, len(gradient), -1) if vectors else gradient
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """About U Vᵀ of every matrix U S Vᵀ of the stack (count, rows, columns), in float32; zero of a
-    zero matrix."""
-    x = matrices.float()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
+def orthogonal(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """About U Vᵀ of every matrix U S Vᵀ of the stacks (count, rows, columns), in float32; zero of a
+    zero matrix.
+
+    The iteration multiplies X by polynomials of X Xᵀ, which commute, so it runs on that alone, on
+    the shorter side, for all matrices of one such side together; X is multiplied once."""
+    wide = [x.mT if x.shape[1] > x.shape[2] else x for x in (one.float() for one in stacks)]
+    squares = [x @ x.mT for x in wide]
+    sides: dict[int, list[int]] = {}
+    for place, square in enumerate(squares):
+        sides.setdefault(square.shape[1], []).append(place)
+    turns: dict[int, Tensor] = {}
+    for places in sides.values():
+        together = _turn(torch.cat([squares[place] for place in places]))
+        parts = together.split([len(squares[place]) for place in places])
+        turns.update(zip(places, parts, strict=True))
+    found = [turns[place] @ x for place, x in enumerate(wide)]
+    return [
+        y.mT if one.shape[1] > one.shape[2] else y for y, one in zip(found, stacks, strict=True)
+    ]
+
+
+def _turn(square: Tensor) -> Tensor:
+    """T (count, n, n) with T X about U Vᵀ, from X Xᵀ."""
     a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    size = square.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None].clamp(min=1e-24)
+    square = square / size
+    eye = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
+    turn = eye / size.sqrt()
+    for left in reversed(range(ITERATIONS)):
+        step = torch.baddbmm(a * eye + b * square, square, square, alpha=c)
+        turn = step @ turn
+        if left:
+            square = step @ square @ step
+    return turn
 
 
 def with_muon(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> Muon:

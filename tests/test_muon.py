@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from kronbert.distill import DistillArguments, DistillTrainer, Objective, Stage, Term
-from kronbert.distill.muon import MOMENTUM, RMS, Muon, direction, muon_parameters, orthogonal
+from kronbert.distill.muon import (
+    COEFFICIENTS,
+    ITERATIONS,
+    MOMENTUM,
+    RMS,
+    Muon,
+    directions,
+    muon_parameters,
+    orthogonal,
+)
 from kronbert.errors import DistillError
 
 LABELS = Objective(terms=(Term(tap="labels"),))
@@ -27,11 +36,40 @@ def a_trainer(mixed_student, folder, stage=STAGE, steps=8, **kwargs):
     )
 
 
+def direction(gradient):
+    (found,) = directions([gradient])
+    return found
+
+
+def by_definition(matrices):
+    """The iteration as Jordan et al. 2024 write it, in float64."""
+    x = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+def test_stacks_of_every_size_together_are_the_iteration():
+    """Weak directions too: singular values over six powers of ten."""
+    torch.manual_seed(0)
+    shapes = ((1, 29, 384), (3, 24, 16), (1, 384, 29), (1, 16, 77), (2, 24, 24))
+    stacks = [torch.randn(shape) for shape in shapes]
+    u, s, v = torch.linalg.svd(torch.randn(1, 29, 60, dtype=torch.float64), full_matrices=False)
+    fading = u @ torch.diag_embed(torch.logspace(0, -6, 29, dtype=torch.float64) * s[:, :1]) @ v
+    stacks.append(fading.float())
+    for got, given in zip(orthogonal(stacks), stacks, strict=True):
+        expected = by_definition(given)
+        assert got.shape == given.shape
+        assert float((got - expected).norm() / expected.norm()) < 1e-3, tuple(given.shape)
+
+
 @pytest.mark.parametrize("shape", [(1, 29, 384), (1, 384, 29), (3, 24, 16), (1, 8, 8)])
 def test_all_singular_values_become_about_one(shape):
     torch.manual_seed(1)
     given = torch.randn(shape)
-    got = orthogonal(given)
+    (got,) = orthogonal([given])
     values = torch.linalg.svdvals(got)
     assert 0.6 < float(values.min())
     assert float(values.max()) < 1.3
