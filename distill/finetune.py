@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from kronbert.distill.averaging import has_average
 from kronbert.distill.checks import check_pair, supervised_layers
-from kronbert.distill.cpu_attention import plain_attention
+from kronbert.distill.cpu_layers import fused_layers, plain_attention
 from kronbert.distill.data import TaskData, compute_metrics
 from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.held_out import HeldOut, held_out_batches
@@ -136,7 +136,12 @@ def run_stage(
             shutil.rmtree(path)  # cut off while it was written
     if last is not None and say is not None:
         say(f"resumed after step {_step(last)}")
-    with own_forward(student), plain_attention(student), dropout_set_to(student, stage.dropout):
+    with (
+        own_forward(student),
+        plain_attention(student),
+        fused_layers(student, autocast=args.bf16 or args.fp16),
+        dropout_set_to(student, stage.dropout),
+    ):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not keep_last:
         for path in _checkpoints(folder):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import ShapeError as ShapeError
     from .fusion import FusionReport as FusionReport
     from .fusion import fuse as fuse
+    from .fusion import fused as fused
     from .fusion import unfuse as unfuse
     from .head import KroneckerLMHead as KroneckerLMHead
     from .linear import KroneckerLinear as KroneckerLinear
@@ -58,6 +59,7 @@ _HOME = {
     "ShapeError": "errors",
     "FusionReport": "fusion",
     "fuse": "fusion",
+    "fused": "fusion",
     "unfuse": "fusion",
     "KroneckerLMHead": "head",
     "KroneckerLinear": "linear",

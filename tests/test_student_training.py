@@ -7,8 +7,9 @@ import torch
 import transformers
 from torch import nn
 
+import kronbert
 from kronbert.distill import Objective, Stage, Term
-from kronbert.distill.cpu_attention import plain_attention
+from kronbert.distill.cpu_layers import fused_layers, plain_attention
 from kronbert.distill.dropout import dropout_set_to
 from kronbert.errors import DistillError
 
@@ -57,6 +58,37 @@ def test_attention_comes_back_after_an_error():
     with pytest.raises(KeyError), plain_attention(bert):
         raise KeyError
     assert bert.config._attn_implementation == "sdpa"
+
+
+SVD = {"re:.*(query|key|value|dense)": {"rank": 4}}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's layers")
+def test_truncated_svds_are_fused_within():
+    student = kronbert.convert(model(BERT), rules=SVD, keep=())
+    with fused_layers(student, autocast=False):
+        assert kronbert.fused(student) is not None
+    assert kronbert.fused(student) is None
+    with pytest.raises(KeyError), fused_layers(student, autocast=False):
+        raise KeyError
+    assert kronbert.fused(student) is None
+    with fused_layers(student, autocast=True):
+        assert kronbert.fused(student) is None
+    kronbert.fuse(student)
+    with fused_layers(student, autocast=False):
+        pass
+    assert kronbert.fused(student) is not None  # its owner's wish
+
+
+@pytest.mark.parametrize("make", [
+    lambda: model(BERT),
+    lambda: kronbert.convert(model(BERT), rules={"re:.*t.output.dense$": "12x12*2x2"}, keep=()),
+    lambda: nn.Linear(2, 2),
+], ids=["dense", "products", "no encoder"])  # fmt: skip
+def test_what_is_not_fused(make):
+    student = make()
+    with fused_layers(student, autocast=False):
+        assert kronbert.fused(student) is None
 
 
 @pytest.mark.parametrize("config", [BERT, MODERN], ids=["bert", "modernbert"])
