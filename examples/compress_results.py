@@ -1,6 +1,9 @@
-"""Gathers reports of `kronbert compress` into one JSON for the README's table.
+"""Adds reports of `kronbert compress` to the JSON of the README's table.
 
 python examples/compress_results.py out/report.json [more ...]
+
+On the machine that made them, at its commit. A run takes the place of an earlier one of the same
+machine, task, factor and seed.
 """
 
 from __future__ import annotations
@@ -25,9 +28,20 @@ def main() -> None:
     made.add_argument("--results", default="examples/results/compress.json")
     made.add_argument("--commit", default="unknown", help="recorded outside of a git checkout")
     options = made.parse_args()
-    rows = [row_of(json.loads(path.read_text())) for path in options.reports]
-    content = {"command": "kronbert compress", **provenance(options.commit), "runs": rows}
-    write_whole(Path(options.results), json.dumps(content, indent=1) + "\n")
+    results, here = Path(options.results), provenance(options.commit)
+    before = json.loads(results.read_text())["runs"] if results.is_file() else []
+    rows = {key_of(row): row for row in before}
+    for path in options.reports:
+        row = {**row_of(json.loads(path.read_text())), **here}
+        rows[key_of(row)] = row
+    content = {"command": "kronbert compress", "runs": list(rows.values())}
+    write_whole(results, json.dumps(content, indent=1) + "\n")
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells runs of the table apart."""
+    asked = row["settings"]
+    return (row["machine"], *(asked.get(name) for name in ("task", "factor", "preset", "seed")))
 
 
 def row_of(report: dict[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,9 @@ def compress() -> str:
     """Runs of `kronbert compress`, from compress.json: scores, sizes, latency, wall time."""
     content = json.loads((RESULTS / "compress.json").read_text())
     lines = [
-        "| task | smaller | parameters | teacher | student | kept | latency, batch 1 / 8 | "
-        "starts: off the teacher's hidden states | start and stage 2 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| machine | task | smaller | parameters | teacher | student | kept | latency, batch 1 / 8 "
+        "| starts: off the teacher's hidden states | start and stage 2 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in content["runs"]:
         measured = run["measured"]
@@ -42,6 +42,7 @@ def compress() -> str:
             for of in (run["scores"]["teacher"], run["scores"]["student"])
         ]
         cells = [
+            run["machine"],
             run["settings"]["task"],
             f"{measured['factor']:.1f}x",
             f"{measured['student']['parameters'] / 1e6:.2f} M",
@@ -53,12 +54,15 @@ def compress() -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     seeds = ", ".join(sorted({str(run["settings"]["seed"]) for run in content["runs"]}))
-    versions = content["versions"]
+    versions = [run["versions"] for run in content["runs"]]
+    torches, libraries = (
+        "; ".join(sorted({one[name] for one in versions})) for name in ("torch", "transformers")
+    )
+    commits = "; ".join(sorted({run["commit"][:8] for run in content["runs"]}))
     said = (
         f"Dev-set scores of the last step, seed {seeds}, from a fine-tuned teacher; the nearer "
-        "start was taken; models in float32 as saved, at sequence 128; "
-        f"{content['machine']}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; commit {content['commit'][:8]}; `{content['command']}`, "
+        "start was taken; models in float32 as saved, at sequence 128; torch "
+        f"{torches}, transformers {libraries}; commits {commits}; `{content['command']}`, "
         "[examples/results/compress.json](examples/results/compress.json)."
     )
     return "\n".join([*lines, "", said])

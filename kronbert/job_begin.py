@@ -64,11 +64,13 @@ def hidden_error(student: Any, teacher: Any, batches: Sequence[Mapping[str, Any]
 
     Padding is left out. Both have the same depth and width."""
     total, tokens = 0.0, 0
+    device = next(student.parameters()).device
     was_training = student.training
     student.eval()
     teacher.eval()
     try:
-        for batch in batches:
+        for given in batches:
+            batch = {name: value.to(device) for name, value in given.items()}
             mask = batch["attention_mask"].bool()
             states = [
                 model(**batch, output_hidden_states=True).hidden_states[1:]
