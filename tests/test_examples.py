@@ -1,5 +1,6 @@
 """The examples run, small, from a folder that is not the repository."""
 
+import json
 import os
 import re
 import subprocess
@@ -64,6 +65,26 @@ def test_glue_finetune(tiny_bert, tiny_task, environment, tmp_path):
         code=1,
     )  # fmt: skip
     assert "is dense. Convert it first" in refused
+
+
+def test_reports_of_several_machines_lie_side_by_side(environment, tmp_path):
+    def gathered(task, seconds):
+        settings = {"model": "teacher", "task": task, "factor": 8.0, "seed": 42, "preset": None}
+        kept = dict.fromkeys(("scores", "metric", "retention", "data", "hidden_errors", "stages",
+                              "measured", "start"))  # fmt: skip
+        report = {**kept, "settings": settings, "seconds": {"task": seconds}, "history": {}}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        run("compress_results.py", "report.json", "--results", "all.json", environment=environment)
+        rows = json.loads((tmp_path / "all.json").read_text())["runs"]
+        return [(r["settings"]["task"], r["seconds"]["task"], r["machine"]) for r in rows]
+
+    ((*_, here),) = gathered("sst2", 1.0)
+    assert gathered("mrpc", 2.0) == [("sst2", 1.0, here), ("mrpc", 2.0, here)]
+    elsewhere = json.loads((tmp_path / "all.json").read_text())
+    elsewhere["runs"][0]["machine"] = "another"
+    (tmp_path / "all.json").write_text(json.dumps(elsewhere))
+    expected = [("sst2", 1.0, "another"), ("mrpc", 2.0, here), ("sst2", 3.0, here)]
+    assert gathered("sst2", 3.0) == expected
 
 
 def test_notebook_runs(tiny_bert, environment, tmp_path, monkeypatch):
