@@ -120,7 +120,7 @@ def run_stage(
         teacher=teacher,
         objective=stage.objective,
         train_dataset=rows,
-        eval_dataset=next(iter(data.validation.values())) if task else None,
+        eval_dataset=_by_length(next(iter(data.validation.values()))) if task else None,
         data_collator=collator,
         compute_metrics=compute_metrics(task) if task else None,
         processing_class=tokenizer,
@@ -147,6 +147,11 @@ def run_stage(
         for path in _checkpoints(folder):
             shutil.rmtree(path)
     return list(trainer.state.log_history)
+
+
+def _by_length(rows: Any) -> Any:
+    """The rows with those of one length together: batches of short ones are short."""
+    return rows.select(np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable"))
 
 
 def states_of(student: nn.Module, teacher: nn.Module, stage: Stage) -> tuple[int, ...]:
