@@ -1,7 +1,7 @@
 """What the teacher gives for all training rows, computed once and kept on disk for later runs.
 
 Logits are one small vector per row, hidden states one vector per token and layer: 5.4 kB a token of
-a MiniLM of 6 layers, 5.8 GB for a million. The same numbers serve every epoch, every student and
+a MiniLM of 6 layers, 5.4 GB for a million. The same numbers serve every epoch, every student and
 every learning rate."""
 
 from __future__ import annotations
