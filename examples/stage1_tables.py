@@ -92,6 +92,8 @@ def structures(path: Path) -> str:
 
 def _ranks(spec: str) -> str:
     """The number of terms: "15:30522x1*1x384" has 15, without the colon it is one."""
+    if spec == "dense":
+        return spec
     return spec.split(":")[0] if ":" in spec else "1"
 
 

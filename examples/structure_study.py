@@ -137,11 +137,7 @@ class Task:
             "seed": seed,
             "parameters": plan.parameters,
             "flops_per_token": plan.linear_flops(1),
-            "table": next(
-                " + ".join(shape.spec for shape in layer.groups)
-                for layer in plan.converted
-                if layer.size.kind == "embedding"
-            ),
+            "table": table_of(plan),
             "teacher": model_digest(teacher)[:16],
             "metric": self.whole.task.primary,
             "fitted": fitted,
@@ -167,6 +163,12 @@ class Task:
                 "hidden": hidden_error(student, self.teacher, batches),
             }
         return found
+
+
+def table_of(plan: Any) -> str:
+    """The word table's groups."""
+    tables = [layer.groups for layer in plan.converted if layer.size.kind == "embedding"]
+    return " + ".join(shape.spec for shape in tables[0]) if tables else "dense"
 
 
 def some_rows(data: TaskData, tokens: int) -> TaskData:
