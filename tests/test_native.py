@@ -234,7 +234,8 @@ def test_attention_takes_large_scores():
 
 
 def test_attention_passes_nan_on():
-    """As torch's does, which gives a query that is not a number 0."""
+    """As torch's does with AVX512, which gives a query that is not a number 0; with AVX2 it has
+    other places."""
     x = torch.randn(2, 9, 32)
     for place, expected in (("query", 0), ("key", 9 * 16), ("value", 9)):
         three = {name: x.clone() for name in ("query", "key", "value")}
@@ -242,7 +243,8 @@ def test_attention_passes_nan_on():
         found = run(*three.values(), (None, None, None), None, 2, 0.2)
         torchs = attention(*three.values(), (None, None, None), None, 2, 0.2)
         assert found.isnan().sum() == expected
-        assert torch.equal(found.isnan(), torchs.isnan())
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":
+            assert torch.equal(found.isnan(), torchs.isnan())
 
 
 # What every function keeps to.
