@@ -1,6 +1,7 @@
 """The teacher's outputs on disk: the same numbers, one computation, no teacher in training."""
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -79,6 +80,22 @@ def a_teacher(folder):
     return model
 
 
+@contextmanager
+def cut_after(batches, teacher):
+    """What runs inside is interrupted once the teacher has seen so many batches."""
+    left = [batches]
+
+    def cut(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    handle = teacher.register_forward_pre_hook(cut)
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    handle.remove()
+
+
 def one_by_one(teacher, rows, tokenizer):
     collate = DataCollatorWithPadding(tokenizer)
     keys = ("input_ids", "attention_mask", "token_type_ids")
@@ -140,17 +157,9 @@ def test_an_interrupted_computation_goes_on(
     given = {"tokenizer": tokenizer, "batch_size": 16}
     whole = with_teacher_logits(rows.train, a_teacher(tiny_bert), tmp_path / "a", **given)
     assert len(calls) == 16
-    teacher, left = a_teacher(tiny_bert), [5]
-
-    def cut(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-
-    handle = teacher.register_forward_pre_hook(cut)
-    with pytest.raises(KeyboardInterrupt):
+    teacher = a_teacher(tiny_bert)
+    with cut_after(5, teacher):
         with_teacher_logits(rows.train, teacher, tmp_path / "b", **given)
-    handle.remove()
     assert sorted(p.suffix for p in (tmp_path / "b").iterdir()) == [".json", ".part"]
     calls.clear()
     again = with_teacher_logits(rows.train, teacher, tmp_path / "b", **given)
@@ -267,17 +276,9 @@ def test_states_go_on_where_they_were_cut(monkeypatch, calls, tiny_bert, rows, t
     monkeypatch.setattr(teacher_cache, "SAVED_EVERY", 2)
     given = {"tokenizer": tokenizer, "batch_size": 16, "layers": (0, 1)}
     _, whole = with_teacher(rows.train, a_teacher(tiny_bert), tmp_path / "a", **given)
-    teacher, left = a_teacher(tiny_bert), [5]
-
-    def cut(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-
-    handle = teacher.register_forward_pre_hook(cut)
-    with pytest.raises(KeyboardInterrupt):
+    teacher = a_teacher(tiny_bert)
+    with cut_after(5, teacher):
         with_teacher(rows.train, teacher, tmp_path / "b", **given)
-    handle.remove()
     calls.clear()
     _, again = with_teacher(rows.train, teacher, tmp_path / "b", **given)
     assert len(calls) == 12
