@@ -40,6 +40,13 @@ start from the fine-tuned teacher, as `kronbert compress` does."""
 MAIN = "main"
 """The tag of runs without an override of their own."""
 
+EARLIER = "earlier-plan"
+"""The tag of what were the main runs until the plan changed: the ranks of word tables followed
+i ** -0.75, and positions were fitted to data."""
+
+BESIDE = dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER)
+"""Variant -> the tag of the runs that it is held against, where that is not `MAIN`."""
+
 TEACHER: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 3, "batch_size": 32, "seed": 42}
 """The fine-tuning of a teacher: fields of `Stage`, and start: a task whose teacher's encoder it
 goes on from (None: the base model)."""

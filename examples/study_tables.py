@@ -137,8 +137,8 @@ def _table(
 
 
 def ablations(results: Results) -> str:
-    """Every variant beside the main runs of the same kind and factor; differences on the seeds that
-    both have."""
+    """Every variant below the runs of the same kind and factor that it is held against, the main
+    ones or what `study_settings.BESIDE` says; differences on the seeds that both have."""
     variants = sorted(
         {(r["student"], r["factor"], r["tag"]) for r in results.runs if r["tag"] != settings.MAIN}
     )
@@ -150,38 +150,49 @@ def ablations(results: Results) -> str:
     lines = _head(["factor", "student", "variant", "changed", *heads])
     for kind, factor in dict.fromkeys((kind, factor) for kind, factor, _ in variants):
         own = [tag for k, f, tag in variants if (k, f) == (kind, factor)]
-        for tag in (settings.MAIN, *own):
-            cells = []
-            for task in tasks:
-                scores = results.scores(kind, factor, task, tag)
-                main = results.scores(kind, factor, task)
-                both = sorted(set(scores) & set(main))
-                gain = Spread.over([scores[seed] - main[seed] for seed in both])
-                said = _plain(Spread.over(list(scores.values())))
-                if tag != settings.MAIN and gain is not None:
-                    said += f" ({100 * gain.mean:+.1f})"
-                cells.append(said)
-            changed = "" if tag == settings.MAIN else f"`{_changes(results, kind, factor, tag)}`"
-            lines.append(_row([f"{factor:g}", settings.KINDS[kind], tag, changed, *cells]))
+        for tag in (settings.MAIN, *sorted(own, key=_place)):
+            cells = [_beside(results, kind, factor, task, tag) for task in tasks]
+            changed = _changes(results, kind, factor, tag)
+            said = f"`{changed}`" if changed not in ("", "{}") else ""
+            lines.append(_row([f"{factor:g}", settings.KINDS[kind], tag, said, *cells]))
     return "\n".join([*lines, "", _notes(results, tuple(tasks), SCORES)])
 
 
+def _place(tag: str) -> tuple[bool, bool, str]:
+    """Sorts variants of the main runs first, then those of earlier ones, below these."""
+    earlier = settings.EARLIER in (tag, settings.BESIDE.get(tag))
+    return earlier, tag != settings.EARLIER, tag
+
+
+def _beside(results: Results, kind: str, factor: float, task: str, tag: str) -> str:
+    """A variant's score, and what it has gained on the runs that it is held against."""
+    scores = results.scores(kind, factor, task, tag)
+    said = _plain(Spread.over(list(scores.values())))
+    if tag == settings.MAIN:
+        return said
+    base = results.scores(kind, factor, task, settings.BESIDE.get(tag, settings.MAIN))
+    both = sorted(set(scores) & set(base))
+    gain = Spread.over([scores[seed] - base[seed] for seed in both])
+    return said if gain is None else f"{said} ({100 * gain.mean:+.1f})"
+
+
 def _changes(results: Results, kind: str, factor: float, tag: str) -> str:
-    """What differs from the main runs: the same for every run of the tag, or all of them."""
+    """What differs from the runs it is held against: the same for every run, or all of them."""
+    base = settings.BESIDE.get(tag, settings.MAIN)
     found = {
-        json.dumps(_changed(row, results.of(kind, factor, row["task"], settings.MAIN)))
+        json.dumps(_changed(row, results.of(kind, factor, row["task"], base)))
         for row in results.runs
         if (row["student"], row["factor"], row["tag"]) == (kind, factor, tag)
     }
     return " or ".join(sorted(found))
 
 
-def _changed(row: Mapping[str, Any], main: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """A run's changes; of whole stages only what the main run of its seed has otherwise."""
+def _changed(row: Mapping[str, Any], base: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """A run's changes; of whole stages only what the run of its seed in ``base`` has otherwise."""
     changes = dict(row["changes"])
-    if "stages" not in changes or row["seed"] not in main:
+    if "stages" not in changes or row["seed"] not in base:
         return changes
-    usual = {one["name"]: one for one in main[row["seed"]]["stages"]}
+    usual = {one["name"]: one for one in base[row["seed"]]["stages"]}
     for stage in changes.pop("stages"):
         before = usual.get(stage["name"], {})
         other = {key: value for key, value in stage.items() if before.get(key) != value}

@@ -206,6 +206,27 @@ def test_evaluate_takes_every_dev_set(rows, tokenizer):
     assert list(evaluate(_ByIds(), both, tokenizer)) == ["matched", "mismatched"]
 
 
+@pytest.mark.parametrize("few", [5, 10_000])
+def test_few_rows_of_the_dev_set_make_the_curve(
+    few, rows, tiny_bert, tokenizer, tmp_path, monkeypatch
+):
+    scored, metrics = [], finetune.compute_metrics
+    monkeypatch.setattr(finetune, "CURVE_ROWS", few)
+    monkeypatch.setattr(finetune, "compute_metrics", lambda task: lambda found: (
+        scored.append(len(found.predictions)), metrics(task)(found))[1])  # fmt: skip
+    run_stage(
+        model_of(tiny_bert), None, STAGE, rows, tmp_path, tokenizer=tokenizer, precision="fp32",
+        max_steps=2, save_steps=2, eval_steps=1,
+    )  # fmt: skip
+    dev = rows.validation["validation"]
+    assert scored == [min(few, len(dev))] * 2
+    lengths = [len(ids) for ids in finetune._curve_rows(dev)["input_ids"]]
+    every = sorted(len(ids) for ids in dev["input_ids"])
+    assert lengths == (
+        every if few > len(dev) else [every[i * len(dev) // few] for i in range(few)]
+    )
+
+
 def test_precision(monkeypatch):
     assert use_bf16("bf16")
     assert not use_bf16("fp32")

@@ -179,6 +179,22 @@ def test_ablations_compare_the_same_seeds(modules, results):
     assert ema[2:] == ["ema", '`{"ema": 0.9}`', "75.0 ± 0.0 (+2.5)"]
 
 
+def test_ablations_of_earlier_runs_stay_beside_them(modules, results):
+    tag = modules.settings.EARLIER
+    runs = [*results.runs]
+    runs += [result("sst2", "kronbert", 8.0, 2, 0.71, name) for name in (tag, "a-new-one")]
+    runs += [result("sst2", "kronbert", 8.0, 2, 0.69, "words-replaced", changes={"splice": 0})]
+    told = modules.results.Results({**results.content, "runs": runs})
+    _, _, *rows = rows_of(modules.tables.ablations(told))
+    assert [row[2:] for row in rows] == [
+        ["main", "", "72.0 ± 1.0"],
+        ["a-new-one", "", "71.0 (1 seed) (-1.0)"],
+        ["ema", '`{"ema": 0.9}`', "75.0 ± 0.0 (+2.5)"],
+        [tag, "", "71.0 (1 seed) (-1.0)"],
+        ["words-replaced", '`{"splice": 0}`', "69.0 (1 seed) (-2.0)"],
+    ]
+
+
 def test_picture_has_a_line_per_measured_kind(modules, results, monkeypatch, tmp_path):
     drawn = []
 
