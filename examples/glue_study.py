@@ -23,7 +23,8 @@ import datasets
 import study_results as results  # type: ignore[import-not-found]
 import study_settings as settings  # type: ignore[import-not-found]
 import torch
-from study_runs import Busy, Run, Study  # type: ignore[import-not-found]
+from study_folders import Busy, Run  # type: ignore[import-not-found]
+from study_runs import Study  # type: ignore[import-not-found]
 
 from kronbert.errors import KronbertError
 from kronbert.job_models import quiet

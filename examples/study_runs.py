@@ -1,4 +1,4 @@
-"""One run of the GLUE study: its folder, its lock, its training and its result."""
+"""One run of the GLUE study: its training and its result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import study_settings as settings  # type: ignore[import-not-found]
 import study_students as students  # type: ignore[import-not-found]
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from study_data import Rows, rows_of  # type: ignore[import-not-found]
+from study_folders import Busy, Run, locked  # type: ignore[import-not-found]
 from study_provenance import provenance  # type: ignore[import-not-found]
 from study_scores import score_again, scored  # type: ignore[import-not-found]
 from transformers import set_seed
@@ -44,40 +45,8 @@ from kronbert.job_models import check_finite, model_name, open_model, open_teach
 from kronbert.pretrain import half_weights
 
 RESULT, ASKED, RATES = "result.json", "asked.json", "rates.json"
+BEFORE_LAST = "before-last.safetensors"
 OUTPUTS = "teacher-outputs"
-
-
-class Busy(Exception):
-    """Another process is at work in this folder; own: on this very run."""
-
-    def __init__(self, folder: Path, *, own: bool) -> None:
-        super().__init__(f"{folder} is being worked on by another process")
-        self.own = own
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One student: all that tells it from the others. kind "teacher" has factor 1 and no tag."""
-
-    task: str
-    kind: str
-    factor: float = 1.0
-    seed: int = 0
-    tag: str = settings.MAIN
-
-    def folder(self, output: Path) -> Path:
-        if self.kind == "teacher":
-            return output / self.task / "teacher"
-        return output / self.task / self.tag / f"{self.kind}-{self.factor:g}-seed{self.seed}"
-
-    def rates_folder(self, output: Path) -> Path:
-        return output / self.task / self.tag / f"{self.kind}-{self.factor:g}-rates"
-
-    def __str__(self) -> str:
-        if self.kind == "teacher":
-            return f"{self.task}: teacher"
-        tag = "" if self.tag == settings.MAIN else f" [{self.tag}]"
-        return f"{self.task}: {self.kind}, factor {self.factor:g}, seed {self.seed}{tag}"
 
 
 class Study:
@@ -207,16 +176,20 @@ class Study:
         teacher.to("cuda" if torch.cuda.is_available() else "cpu")
         training = settings.training_of(run.task, self.changes)
         data = self.rows.tokens(run.task, training)
+        before = self.before_last(run, training)
         rate, search = self.rate(run, teacher, training, data)
         began = monotonic()
         student, start = self.begin(run, teacher, training, data)
-        fit = getattr(student, "data_fit", None)
+        init = "data" if getattr(student, "data_fit", None) is not None else "weights"
         parameters = student.num_parameters()
         stages = training.stages_of(run.kind, run.seed)
         stages = [*stages[:-1], replace(stages[-1], learning_rate=rate)]
         if self.options.cache_teacher:
             stages = [replace(one, cache_teacher=True) for one in stages]
-        history, resumed = self.train(student, teacher, stages, data, folder / "run")
+        if before is not None:
+            student.load_state_dict(load_file(before))
+        own = stages if before is None else stages[-1:]
+        history, resumed = self.train(student, teacher, own, data, folder / "run")
         seconds = round(monotonic() - began, 1)
         check_finite(student, "diverged", "Try lower rates.")
         student.load_state_dict(half_weights(student))  # scored as saved
@@ -224,6 +197,10 @@ class Study:
         if not self.options.no_models:
             student.to("cpu").save_pretrained(folder / "model", state_dict=half_weights(student))
             self.tokenizer.save_pretrained(folder / "model")
+            if len(own) > 1:
+                shutil.copyfile(
+                    folder / "run" / f"{own[-2].name}.safetensors", folder / BEFORE_LAST
+                )
         return {
             **scores,
             "parameters": parameters,
@@ -231,7 +208,7 @@ class Study:
             "measured_factor": teacher.num_parameters() / parameters,
             "teacher_digest": model_digest(teacher)[:16],
             "start": start,
-            "init": start["name"] if start else "weights" if fit is None else "data",
+            "init": start["name"] if start else training.init if before else init,
             "shapes": students.shapes_of(student),
             "stages": [stage.to_dict() for stage in stages],
             "search": search,
@@ -240,6 +217,27 @@ class Study:
             "seconds": seconds,
             "resumed": resumed,
         }
+
+    def before_last(self, run: Run, training: Any) -> Path | None:
+        """The weights of another tag's run that this one goes on from, if any."""
+        if training.after is None:
+            return None
+        source = replace(run, tag=training.after)
+        folder = source.folder(self.output)
+        if not ((folder / RESULT).is_file() and (folder / BEFORE_LAST).is_file()):
+            raise DistillError(
+                f"{run}: goes on from {source} before its last stage, which is not there. Make "
+                "that run first, with the same --output, two stages and without --no-models."
+            )
+        theirs = settings.completed(json.loads((folder / RESULT).read_text())["asked"]["training"])
+        ours = settings.before_last(training.to_dict())
+        if settings.before_last(theirs) != ours:
+            other = [k for k, v in settings.before_last(theirs).items() if ours[k] != v]
+            raise DistillError(
+                f"{run}: after={training.after!r}, but {source} was made otherwise before its last "
+                f"stage ({', '.join(other)}). Leave these as they were there."
+            )
+        return folder / BEFORE_LAST
 
     def begin(
         self, run: Run, teacher: Any, training: Any, data: TaskData
@@ -260,7 +258,7 @@ class Study:
             self.options.stage1, teacher, self.tokenizer, run.factor, run.kind
         )
         calibration = None
-        if run.kind == "kronbert" and training.init == "data":
+        if run.kind == "kronbert" and training.init == "data" and training.after is None:
             calibration = students.calibration(
                 data.train,
                 training.calibration_rows,
@@ -370,18 +368,3 @@ class Study:
                     autocast=torch.bfloat16 if use_bf16("auto") else None,
                 )
         yield folder
-
-
-@contextmanager
-def locked(folder: Path, *, own: bool) -> Iterator[None]:
-    """Only one process is inside at a time; the lock falls when its process ends. Else `Busy`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise Busy(folder, own=own) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -94,7 +94,9 @@ class Training:
     text_rows: sentences of --text; transfer: other tasks and how many of their training rows; all
     without labels, for stages that read none. start: a task whose student of the same kind, factor,
     seed and tag it goes on from.
-    structure: of the kind kronbert, a key of `study_structures.STRUCTURES`.
+    structure: of the kind kronbert, a key of `study_structures.STRUCTURES`. after: a tag; this run
+    has only the last stage of its own and goes on from where that tag's run of the same task, kind,
+    factor and seed was before its last.
     """
 
     stages: tuple[dict[str, Any], ...]
@@ -109,6 +111,7 @@ class Training:
     transfer: Mapping[str, int] = field(default_factory=dict)
     start: str | None = None
     structure: str = "planned"
+    after: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -129,6 +132,11 @@ class Training:
         names = [stage.name for stage in stages]
         if len(set(names)) < len(names):
             raise DistillError(f"stages {names}: expected different names; one folder each.")
+        if self.after is not None and (len(names) < 2 or len(self.rates) > 1):
+            raise DistillError(
+                f"after={self.after!r}: expected two stages or more, of which the last is trained, "
+                f"and at most one rate; got stages {names}, rates {self.rates}."
+            )
 
     def stages_of(self, kind: str, seed: int) -> list[Stage]:
         """The stages of one student. A dense one of another width has no terms on hidden states: in
@@ -153,6 +161,12 @@ class Training:
         """Plain dictionaries, lists, strings and numbers."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return found
+
+
+def before_last(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `Training.to_dict`: what determines a student before its last stage, but for its rows."""
+    same = ("init", "calibration_rows", "calibration_text", "start", "structure")
+    return {"stages": training["stages"][:-1], **{name: training[name] for name in same}}
 
 
 def completed(training: Mapping[str, Any]) -> dict[str, Any]:

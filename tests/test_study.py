@@ -266,6 +266,40 @@ def test_teacher_and_student_go_on_from_another_task(modules, options, monkeypat
         made(modules, options)
 
 
+def test_a_variant_of_the_last_stage_goes_on_from_before_it(modules, options, counted):
+    hidden = {**LAST, "name": "hidden", "objective": {"terms": [{"tap": "ffn"}]}, "batch_size": 16}
+    told = {**SMALL, "stages": [{**hidden, "epochs": 1}, LAST], "init": "data"}
+    Path(options.stage).write_text(json.dumps(told))
+    main = made(modules, options)["kronbert"]
+    folder = Path(options.output) / "sst2/main/kronbert-3-seed1"
+    assert counted == ["teacher", "hidden", "task"]
+
+    def variant(tag, **changes):
+        options.tag = tag
+        Path(options.stage).write_text(json.dumps({**told, **changes}))
+        return made(modules, options)["kronbert"]
+
+    again = variant("again", after="main")
+    assert counted[3:] == ["task"]
+    assert again["scores"] == main["scores"]
+    assert again["stages"] == main["stages"]
+    assert again["init"] == main["init"] == "data"
+    losses = [[row["eval_loss"] for row in made["history"]] for made in (main, again)]
+    assert losses[1] == losses[0][-len(losses[1]) :]
+    one, two = (open_model(str(path / "model")) for path in (
+        folder, Path(options.output) / "sst2/again/kronbert-3-seed1"))  # fmt: skip
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+    with pytest.raises(DistillError, match=r"after='main', but .* made otherwise .*\(init\)"):
+        variant("other", after="main", init="weights")
+    options.seeds = [2]
+    with pytest.raises(DistillError, match=r"seed 2 before its last stage, which is not there"):
+        variant("absent", after="main")
+    for wrong in ({"stages": [LAST]}, {"rates": [1e-3, 1e-4]}):
+        with pytest.raises(DistillError, match=r"after='main': expected two stages or more"):
+            variant("wrong", after="main", **wrong)
+
+
 def test_stage1_students_are_found_by_their_factor(modules, options, tiny_bert, tmp_path):
     from kronbert.pretrain import PretrainSettings, pretrain_student
 
