@@ -40,12 +40,13 @@ start from the fine-tuned teacher, as `kronbert compress` does."""
 MAIN = "main"
 """The tag of runs without an override of their own."""
 
-EARLIER = "earlier-plan"
-"""The tag of what were the main runs until the plan changed: the ranks of word tables followed
-i ** -0.75, and positions were fitted to data."""
+EARLIER = "earlier"
+"""The tag of what were main runs until they were made anew: by word tables whose ranks followed
+i ** -0.75 and with positions fitted to data (kronbert's), and from another teacher (all kinds)."""
 
 BESIDE = dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER)
-"""Variant -> the tag of the runs that it is held against, where that is not `MAIN`."""
+"""Variant -> the tag of the runs that it is held against, where a task has runs of it: else, and
+for other variants, `MAIN`."""
 
 TEACHER: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 3, "batch_size": 32, "seed": 42}
 """The fine-tuning of a teacher: fields of `Stage`, and start: a task whose teacher's encoder it

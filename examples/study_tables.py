@@ -62,8 +62,8 @@ def agreement(results: Results) -> str:
     return "\n".join(lines) if len(lines) > empty else NONE
 
 
-def _agreed(results: Results, kind: str, factor: float, task: str) -> str:
-    runs = results.of(kind, factor, task, settings.MAIN).values()
+def _agreed(results: Results, kind: str, factor: float, task: str, tag: str = settings.MAIN) -> str:
+    runs = results.of(kind, factor, task, tag).values()
     found = [next(iter(run["fidelity"].values())) for run in runs if run.get("fidelity")]
     if not found:
         return NONE
@@ -138,20 +138,26 @@ def _table(
 
 def ablations(results: Results) -> str:
     """Every variant below the runs of the same kind and factor that it is held against, the main
-    ones or what `study_settings.BESIDE` says; differences on the seeds that both have."""
+    ones or what `study_settings.BESIDE` says: scores, differences on the seeds that both have, and
+    agreement with the teacher; scores on texts of another origin."""
     variants = sorted(
         {(r["student"], r["factor"], r["tag"]) for r in results.runs if r["tag"] != settings.MAIN}
     )
     if not variants:
         return NONE
-    tagged = {row["task"] for row in results.runs if row["tag"] != settings.MAIN}
-    tasks = [task for task in (*settings.FULL, *settings.PARTIAL) if task in tagged]
+    tagged = [row for row in results.runs if row["tag"] != settings.MAIN]
+    seen = {row["task"] for row in tagged}
+    tasks = [task for task in (*settings.FULL, *settings.PARTIAL) if task in seen]
+    seen = {row["task"] for row in tagged if row.get(OUTSIDE)}
+    away = [task for task in settings.OUTSIDE if task in seen]
     heads = [_task_title(results, task) for task in tasks]
+    heads += [f"{task} on {settings.OUTSIDE[task][0]}" for task in away]
     lines = _head(["factor", "student", "variant", "changed", *heads])
     for kind, factor in dict.fromkeys((kind, factor) for kind, factor, _ in variants):
         own = [tag for k, f, tag in variants if (k, f) == (kind, factor)]
         for tag in (settings.MAIN, *sorted(own, key=_place)):
             cells = [_beside(results, kind, factor, task, tag) for task in tasks]
+            cells += [_beside(results, kind, factor, task, tag, OUTSIDE) for task in away]
             changed = _changes(results, kind, factor, tag)
             said = f"`{changed}`" if changed not in ("", "{}") else ""
             lines.append(_row([f"{factor:g}", settings.KINDS[kind], tag, said, *cells]))
@@ -164,23 +170,36 @@ def _place(tag: str) -> tuple[bool, bool, str]:
     return earlier, tag != settings.EARLIER, tag
 
 
-def _beside(results: Results, kind: str, factor: float, task: str, tag: str) -> str:
-    """A variant's score, and what it has gained on the runs that it is held against."""
-    scores = results.scores(kind, factor, task, tag)
+def _base(results: Results, kind: str, factor: float, task: str, tag: str) -> str:
+    """The tag of the runs that a variant is held against."""
+    named = settings.BESIDE.get(tag, settings.MAIN)
+    return named if results.of(kind, factor, task, named) else settings.MAIN
+
+
+def _beside(
+    results: Results, kind: str, factor: float, task: str, tag: str, sets: str = SCORES
+) -> str:
+    """A variant's score, what it has gained on the runs that it is held against, and how far it
+    answers as its teacher does."""
+    scores = results.scores(kind, factor, task, tag, sets)
     said = _plain(Spread.over(list(scores.values())))
-    if tag == settings.MAIN:
-        return said
-    base = results.scores(kind, factor, task, settings.BESIDE.get(tag, settings.MAIN))
-    both = sorted(set(scores) & set(base))
-    gain = Spread.over([scores[seed] - base[seed] for seed in both])
-    return said if gain is None else f"{said} ({100 * gain.mean:+.1f})"
+    if tag != settings.MAIN:
+        base = results.scores(kind, factor, task, _base(results, kind, factor, task, tag), sets)
+        both = sorted(set(scores) & set(base))
+        gain = Spread.over([scores[seed] - base[seed] for seed in both])
+        said += "" if gain is None else f" ({100 * gain.mean:+.1f})"
+    agreed = _agreed(results, kind, factor, task, tag) if sets == SCORES else NONE
+    return said if agreed == NONE else f"{said}; {agreed}"
 
 
 def _changes(results: Results, kind: str, factor: float, tag: str) -> str:
     """What differs from the runs it is held against: the same for every run, or all of them."""
-    base = settings.BESIDE.get(tag, settings.MAIN)
+
+    def base(task: str) -> Mapping[int, Mapping[str, Any]]:
+        return results.of(kind, factor, task, _base(results, kind, factor, task, tag))
+
     found = {
-        json.dumps(_changed(row, results.of(kind, factor, row["task"], base)))
+        json.dumps(_changed(row, base(row["task"])))
         for row in results.runs
         if (row["student"], row["factor"], row["tag"]) == (kind, factor, tag)
     }

@@ -182,16 +182,21 @@ def test_ablations_compare_the_same_seeds(modules, results):
 def test_ablations_of_earlier_runs_stay_beside_them(modules, results):
     tag = modules.settings.EARLIER
     runs = [*results.runs]
-    runs += [result("sst2", "kronbert", 8.0, 2, 0.71, name) for name in (tag, "a-new-one")]
-    runs += [result("sst2", "kronbert", 8.0, 2, 0.69, "words-replaced", changes={"splice": 0})]
+    close = {"validation": {"agreement": 0.92, "kl": 0.12}}
+    runs.append(result("sst2", "kronbert", 8.0, 2, 0.71, tag, fidelity=close))
+    outside = {"outside": {"imdb": {"accuracy": 0.65}}}
+    runs.append(result("sst2", "kronbert", 8.0, 2, 0.71, "a-new-one", **outside))
+    for task in ("sst2", "mrpc"):  # of mrpc the main runs have not been made anew
+        runs.append(result(task, "kronbert", 8.0, 2, 0.69, "words-replaced", changes={"splice": 0}))
     told = modules.results.Results({**results.content, "runs": runs})
     _, _, *rows = rows_of(modules.tables.ablations(told))
+    none = "not measured"
     assert [row[2:] for row in rows] == [
-        ["main", "", "72.0 ± 1.0"],
-        ["a-new-one", "", "71.0 (1 seed) (-1.0)"],
-        ["ema", '`{"ema": 0.9}`', "75.0 ± 0.0 (+2.5)"],
-        [tag, "", "71.0 (1 seed) (-1.0)"],
-        ["words-replaced", '`{"splice": 0}`', "69.0 (1 seed) (-2.0)"],
+        ["main", "", "72.0 ± 1.0", "72.0 ± 1.0", none],
+        ["a-new-one", "", "71.0 (1 seed) (-1.0)", none, "65.0 (1 seed)"],
+        ["ema", '`{"ema": 0.9}`', "75.0 ± 0.0 (+2.5)", none, none],
+        [tag, "", "71.0 (1 seed) (-1.0); 92.0 %, 0.120", none, none],
+        ["words-replaced", '`{"splice": 0}`', "69.0 (1 seed) (-2.0)", "69.0 (1 seed) (-3.0)", none],
     ]
 
 
