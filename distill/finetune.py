@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from kronbert.distill.averaging import has_average
 from kronbert.distill.checks import check_pair, supervised_layers
 from kronbert.distill.cpu_layers import fused_layers, plain_attention
-from kronbert.distill.data import TaskData, compute_metrics
+from kronbert.distill.data import TaskData, compute_metrics, row_lengths
 from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.held_out import HeldOut, held_out_batches
 from kronbert.distill.objectives import Objective, Term
@@ -157,7 +157,7 @@ def run_stage(
 def _curve_rows(rows: Any) -> Any:
     """``CURVE_ROWS`` of ``rows``, evenly spaced by length, or all; those of one length lie
     together, so that batches of short ones are short."""
-    order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
+    order = np.argsort(row_lengths(rows), kind="stable")
     few = min(CURVE_ROWS, len(order))
     return rows.select(order[np.arange(few) * len(order) // few])
 
@@ -216,7 +216,7 @@ class _StageTrainer(DistillTrainer):
         grouped = self.args.train_sampling_strategy == "group_by_length"
         return _SeededSampler(
             len(rows),
-            [len(ids) for ids in rows["input_ids"]] if grouped else None,
+            row_lengths(rows) if grouped else None,
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
             lambda: self.args.seed * 1000 + int(self.state.epoch or 0),
         )
@@ -312,7 +312,7 @@ def _predict(model: nn.Module, rows: Any, tokenizer: Any, batch_size: int) -> Ev
     device = next(model.parameters()).device
     taken = set(inspect.signature(model.forward).parameters) - {"labels"}
     collate = DataCollatorWithPadding(tokenizer)
-    order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
+    order = np.argsort(row_lengths(rows), kind="stable")
     logits: list[Any] = [None] * len(rows)
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size].tolist()

@@ -25,6 +25,7 @@ from datasets.table import InMemoryTable
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
+from kronbert.distill.data import row_lengths
 from kronbert.distill.taps import Captured, Taps
 from kronbert.errors import DistillError
 
@@ -122,7 +123,7 @@ def with_teacher(
     asked = [str(list(layers))] if layers else []
     key = _digest([model_digest(teacher), rows_digest(inputs), str(autocast), *asked])
     path, beside = Path(folder) / f"{key}.npy", Path(folder) / f"{key}-states.npy"
-    lengths = _lengths(inputs)
+    lengths = row_lengths(inputs)
     if path.is_file() and (not layers or beside.is_file()):
         if say is not None:
             what = "logits and hidden states" if layers else "logits"
@@ -259,10 +260,6 @@ def _need_space(folder: Path, wanted: int) -> None:
 
 def _plain(logits: Tensor) -> np.ndarray:
     return np.asarray(logits.float().cpu().numpy())
-
-
-def _lengths(rows: datasets.Dataset) -> list[int]:
-    return [len(ids) for ids in rows["input_ids"]]
 
 
 def _starts(lengths: Sequence[int]) -> np.ndarray:

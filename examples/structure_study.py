@@ -27,7 +27,7 @@ from study_structures import STRUCTURES, restructured  # type: ignore[import-not
 from transformers import set_seed
 
 import kronbert
-from kronbert.distill.data import TaskData
+from kronbert.distill.data import TaskData, row_lengths
 from kronbert.distill.fidelity import fidelity
 from kronbert.distill.finetune import answers, evaluate, run_stage
 from kronbert.distill.recipes.kronbert import task_stages
@@ -174,7 +174,7 @@ def table_of(plan: Any) -> str:
 def some_rows(data: TaskData, tokens: int) -> TaskData:
     """``data`` with as many of its rows, drawn once, as hold about so many tokens."""
     parts = [data.train, *([] if data.unlabelled is None else [data.unlabelled])]
-    share = tokens / sum(len(ids) for part in parts for ids in part["input_ids"])
+    share = tokens / sum(sum(row_lengths(part)) for part in parts)
     kept = [
         part.shuffle(seed=0).select(range(max(1, min(len(part), round(share * len(part))))))
         for part in parts
