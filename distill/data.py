@@ -318,6 +318,7 @@ def tokenize(data: TaskData, tokenizer: Any, max_length: int | None = None) -> T
 
 
 def row_lengths(rows: datasets.Dataset) -> list[int]:
-    """Tokens of each tokenised row. Read 1,000 rows at a time: 94,000 take 0.9 s, not 9.0."""
+    """Tokens of each tokenised row. Read 1,000 rows at a time: 94,000 shuffled ones took 0.9 s on a
+    core beside other work, one by one 9.0."""
     tokens = rows.select_columns("input_ids")
     return [len(ids) for some in tokens.iter(1000) for ids in some["input_ids"]]

@@ -176,7 +176,7 @@ class Study:
         teacher.to("cuda" if torch.cuda.is_available() else "cpu")
         training = settings.training_of(run.task, self.changes)
         data = self.rows.tokens(run.task, training)
-        before = self.before_last(run, training)
+        before = self.before_last(run, training, teacher)
         rate, search = self.rate(run, teacher, training, data)
         began = monotonic()
         student, start = self.begin(run, teacher, training, data)
@@ -188,6 +188,7 @@ class Study:
             stages = [replace(one, cache_teacher=True) for one in stages]
         if before is not None:
             student.load_state_dict(load_file(before))
+            init = json.loads((before.parent / RESULT).read_text())["init"]
         own = stages if before is None else stages[-1:]
         history, resumed = self.train(student, teacher, own, data, folder / "run")
         seconds = round(monotonic() - began, 1)
@@ -208,7 +209,7 @@ class Study:
             "measured_factor": teacher.num_parameters() / parameters,
             "teacher_digest": model_digest(teacher)[:16],
             "start": start,
-            "init": start["name"] if start else training.init if before else init,
+            "init": start["name"] if start else init,
             "shapes": students.shapes_of(student),
             "stages": [stage.to_dict() for stage in stages],
             "search": search,
@@ -218,7 +219,7 @@ class Study:
             "resumed": resumed,
         }
 
-    def before_last(self, run: Run, training: Any) -> Path | None:
+    def before_last(self, run: Run, training: Any, teacher: Any) -> Path | None:
         """The weights of another tag's run that this one goes on from, if any."""
         if training.after is None:
             return None
@@ -229,13 +230,17 @@ class Study:
                 f"{run}: goes on from {source} before its last stage, which is not there. Make "
                 "that run first, with the same --output, two stages and without --no-models."
             )
-        theirs = settings.completed(json.loads((folder / RESULT).read_text())["asked"]["training"])
+        result = json.loads((folder / RESULT).read_text())
+        told, asked = result["asked"], self.asked(run)
+        theirs = settings.before_last(settings.completed(told["training"]))
         ours = settings.before_last(training.to_dict())
-        if settings.before_last(theirs) != ours:
-            other = [k for k, v in settings.before_last(theirs).items() if ours[k] != v]
+        theirs |= {key: told[key] for key in ("model", "limit")}
+        ours |= {key: asked[key] for key in ("model", "limit")}
+        theirs["teacher"], ours["teacher"] = result["teacher_digest"], model_digest(teacher)[:16]
+        if other := [key for key in ours if theirs[key] != ours[key]]:
             raise DistillError(
                 f"{run}: after={training.after!r}, but {source} was made otherwise before its last "
-                f"stage ({', '.join(other)}). Leave these as they were there."
+                f"stage ({', '.join(other)}). Leave these as they were there, or make it anew."
             )
         return folder / BEFORE_LAST
 
