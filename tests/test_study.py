@@ -269,8 +269,6 @@ def test_teacher_and_student_go_on_from_another_task(modules, options, monkeypat
 def test_a_variant_of_the_last_stage_goes_on_from_before_it(modules, options, counted):
     hidden = {**LAST, "name": "hidden", "objective": {"terms": [{"tap": "ffn"}]}, "batch_size": 16}
     told = {**SMALL, "stages": [{**hidden, "epochs": 1}, LAST], "init": "data"}
-    Path(options.stage).write_text(json.dumps(told))
-    main = made(modules, options)["kronbert"]
     folder = Path(options.output) / "sst2/main/kronbert-3-seed1"
 
     def variant(tag, **changes):
@@ -278,6 +276,7 @@ def test_a_variant_of_the_last_stage_goes_on_from_before_it(modules, options, co
         Path(options.stage).write_text(json.dumps({**told, **changes}))
         return made(modules, options)
 
+    main = variant("main")["kronbert"]
     again = variant("again", after="main")["kronbert"]
     assert counted == ["teacher", "hidden", "task", "task"]
     for key in ("scores", "stages", "init"):
