@@ -172,11 +172,20 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        outputs, gold = prediction.predictions, prediction.label_ids
-        logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float64)
-        if not np.isfinite(logits).all():
+        if not np.isfinite(_logits(prediction)).all():
             return dict.fromkeys(task.metrics, math.nan)
-        predicted = logits.reshape(len(logits)) if task.labels is None else logits.argmax(axis=-1)
-        return {key: float(METRICS[key](gold, predicted)) for key in task.metrics}
+        found = predicted(task, prediction)
+        return {key: float(METRICS[key](prediction.label_ids, found)) for key in task.metrics}
 
     return compute
+
+
+def predicted(task: Task, prediction: EvalPrediction) -> Any:
+    """Logits (rows, labels) -> the class of each row, or its number where the task has none."""
+    logits = _logits(prediction)
+    return logits.reshape(len(logits)) if task.labels is None else logits.argmax(axis=-1)
+
+
+def _logits(prediction: EvalPrediction) -> Any:
+    outputs = prediction.predictions
+    return np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float64)

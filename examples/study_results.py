@@ -186,6 +186,13 @@ class Results:
         pairs = {s: (score_of(r, sets), full.get(r["teacher_digest"])) for s, r in found.items()}
         return {s: own / of for s, (own, of) in pairs.items() if own is not None and of}
 
+    def retention_error(self, kind: str, factor: float, task: str) -> float | None:
+        """Standard error of what main runs keep, for want of more dev rows; mean over the seeds
+        that have it. More seeds do not lessen it: all are scored on the same rows."""
+        rows = self.of(kind, factor, task, settings.MAIN).values()
+        found = [row["retention_error"] for row in rows if row.get("retention_error") is not None]
+        return mean(found) if found else None
+
     def mean_score(self, kind: str, factor: float, tag: str = settings.MAIN) -> Spread | None:
         """Over the five full tasks, seed by seed; None unless a seed has all of them."""
         return _over_tasks([self.scores(kind, factor, task, tag) for task in settings.FULL])

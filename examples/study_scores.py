@@ -13,6 +13,7 @@ from study_settings import is_subset  # type: ignore[import-not-found]
 from kronbert.distill.data import TaskData, compute_metrics
 from kronbert.distill.fidelity import fidelity
 from kronbert.distill.finetune import answers, evaluate
+from kronbert.distill.retention import retention_error
 from kronbert.errors import DistillError
 from kronbert.job_folder import write_whole
 from kronbert.job_models import open_model
@@ -21,8 +22,8 @@ from kronbert.job_models import open_model
 def scored(
     model: Any, rows: Rows, data: TaskData, tokenizer: Any, teacher: Any = None
 ) -> dict[str, Any]:
-    """Dev scores, with ``teacher`` the fidelity on the same rows, and the scores out of
-    distribution where the task has such a set. In float32."""
+    """Dev scores, with ``teacher`` the fidelity on the same rows and the error of the share kept,
+    and the scores out of distribution where the task has such a set. In float32."""
     metrics = compute_metrics(data.task)
     own = answers(model, data, tokenizer)
     found: dict[str, Any] = {"scores": {name: metrics(one) for name, one in own.items()}}
@@ -33,6 +34,8 @@ def scored(
         found["fidelity"] = {
             name: fidelity(one.predictions, theirs[name].predictions) for name, one in own.items()
         }
+        first = next(iter(own))
+        found["retention_error"] = retention_error(data.task, own[first], theirs[first])
     outside = rows.outside(data.task)
     if outside is not None:
         found["outside"] = evaluate(model, outside, tokenizer)

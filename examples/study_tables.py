@@ -120,6 +120,7 @@ def _table(
                 _cell(
                     Spread.over(list(results.scores(kind, factor, task, sets=sets).values())),
                     Spread.over(list(results.retained(kind, factor, task, sets=sets).values())),
+                    results.retention_error(kind, factor, task) if sets == SCORES else None,
                 )
                 for task in tasks
             ]
@@ -290,8 +291,11 @@ def _plain(spread: Spread | None, unit: str = "") -> str:
     return f"{100 * spread.mean:.1f} ± {100 * spread.spread:.1f}{unit}"
 
 
-def _cell(score: Spread | None, kept: Spread | None) -> str:
-    return _plain(score) + (f", {100 * kept.mean:.1f} %" if kept is not None else "")
+def _cell(score: Spread | None, kept: Spread | None, error: float | None) -> str:
+    if kept is None:
+        return _plain(score)
+    said = f"{_plain(score)}, {100 * kept.mean:.1f} %"
+    return said if error is None else f"{said} (± {100 * error:.1f})"
 
 
 def _size(sizes: list[int]) -> str:
@@ -326,6 +330,7 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
     runs = [row for row in results.runs if row["task"] in tasks]
     rows = [*teachers, *runs]
     data = "outside_data" if sets == OUTSIDE else "data"
+    erring = sets == SCORES and any(row.get("retention_error") is not None for row in runs)
     seeds = sorted({row["seed"] for row in runs})
     starts = sorted({row["start"]["name"] for row in runs if row["start"]})
     learnt = {
@@ -337,7 +342,8 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
         + (" on dev sets" if sets == SCORES else " on texts of another origin")
         + "; mean ± standard deviation over seeds"
         + (f" {', '.join(map(str, seeds))}" if seeds else "")
-        + "; percent: student / its teacher.",
+        + "; percent: student / its teacher"
+        + (", in brackets the standard error of it for want of more rows." if erring else "."),
         f"Data: {_list(rows, lambda row: _files(row.get(data)))}.",
         f"Started from: {', '.join(starts) or 'no stage-1 student'}.",
         f"Machines: {_list(rows, lambda row: row['machine'])}; torch "

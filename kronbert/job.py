@@ -338,7 +338,6 @@ class _Job:
         return tokenize(more, self.tokenizer, self.max_length)
 
     def _report(self) -> dict[str, Any]:
-        from .distill.fidelity import fidelity
         from .distill.finetune import answers
         from .job_report import write_report
 
@@ -346,9 +345,8 @@ class _Job:
         own, theirs = (answers(model, self.rows, self.tokenizer) for model in (student, teacher))
         for model in (student, teacher):
             model.to("cpu")  # where the report times it
-        agreed = {k: fidelity(own[k].predictions, theirs[k].predictions) for k in own}
         state, source = self.folder.state, self.data.source
-        write_report(self.folder.path, state, self.task, source, agreed, student, teacher)
+        write_report(self.folder.path, state, self.task, source, (own, theirs), student, teacher)
         return {}
 
     def _train(self, model: Any, teacher: Any, stage: Any, rows: Any, step: str) -> list[Any]:

@@ -22,13 +22,16 @@ def write_report(
     state: Mapping[str, Any],
     task: Any,
     source: str,
-    agreed: Mapping[str, Mapping[str, float]],
+    answers: tuple[Mapping[str, Any], Mapping[str, Any]],
     student: Any,
     teacher: Any,
 ) -> dict[str, Any]:
     """Measure student and teacher, write the report of a finished job into ``folder``; its JSON.
 
-    agreed: dev set -> what `distill.fidelity.fidelity` says of the two."""
+    answers: the student's and the teacher's, dev set -> logits and labels."""
+    from .distill.fidelity import fidelity
+    from .distill.retention import retention_error
+
     steps = state["steps"]
     positions = getattr(teacher.config, "max_position_embeddings", None) or SEQUENCE
     measured = report(student, teacher, sequence_length=min(SEQUENCE, positions))
@@ -42,6 +45,7 @@ def write_report(
     }
     teacher_score = scores["teacher"][first][task.primary]
     student_score = scores["student"][first][task.primary]
+    own, theirs = answers
     content = {
         "schema": SCHEMA,
         "settings": state["settings"],
@@ -52,8 +56,9 @@ def write_report(
         "synthetic": source.startswith("synthetic"),
         "scores": scores,
         "metric": f"{first} {task.primary}",
-        "fidelity": agreed,
+        "fidelity": {k: fidelity(own[k].predictions, theirs[k].predictions) for k in own},
         "retention": student_score / teacher_score if teacher_score else None,
+        "retention_error": retention_error(task, own[first], theirs[first]),
         "seconds": {name: step["seconds"] for name, step in steps.items()},
         "start": steps.get("start", {}).get("start"),
         "hidden_errors": steps.get("start", {}).get("hidden_errors"),
@@ -185,7 +190,11 @@ def _summary(content: Mapping[str, Any], measured: Any, first: str, task: Any) -
     kept = content["retention"]
     if kept is None:
         return f"{said}. What it keeps of the {task.primary} is not defined: the teacher scores 0."
-    return f"{said}; it keeps {100 * kept:.1f} % of the {task.primary} on {first}."
+    said += f"; it keeps {100 * kept:.1f} % of the {task.primary} on {first}"
+    error = content["retention_error"]
+    if error is None:
+        return f"{said}."
+    return f"{said}, ± {100 * error:.1f} for want of more rows (standard error)."
 
 
 def _agreement(found: Mapping[str, Mapping[str, float]]) -> str:

@@ -16,6 +16,7 @@ from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.fidelity import fidelity
 from kronbert.distill.finetune import answers, evaluate
 from kronbert.distill.recipes.kronbert import kronbert as own_recipe
+from kronbert.distill.retention import retention_error
 from kronbert.errors import CheckpointError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
 from kronbert.job_rows import more_rows
@@ -44,17 +45,22 @@ def test_report_says_what_the_saved_models_do(finished, tiny_task):
     losses = [row["loss_ffn"] for row in logged if "loss_ffn" in row]
     assert losses[-1] < 0.6 * losses[0], "distillation taught nothing"
     assert content["retention"] == pytest.approx(student / teacher)
+    error = content["retention_error"]
+    assert 0 <= error < 0.1
     assert content["scores"]["commonest_class"] == {
         "validation": {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3)}
     }
-    assert "| always the commonest class | 50.0" in (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text()
+    assert "| always the commonest class | 50.0" in text
     models = (AutoModelForSequenceClassification.from_pretrained(folder / who) for who in
               ("student", "teacher"))  # fmt: skip
-    own, theirs = (answers(model, rows, tokenizer)["validation"].predictions for model in models)
+    own, theirs = (answers(model, rows, tokenizer)["validation"] for model in models)
     agreed = content["fidelity"]["validation"]
-    assert agreed == fidelity(own, theirs)
+    assert agreed == fidelity(own.predictions, theirs.predictions)
+    assert error == retention_error(rows.task, own, theirs)
+    assert f"% of the accuracy on validation, ± {100 * error:.1f} for want of more rows" in text
     said = f"answers as its teacher does on {100 * agreed['agreement']:.1f} % of the rows of "
-    assert f"{said}validation (KL {agreed['kl']:.3f})" in (folder / "report.md").read_text()
+    assert f"{said}validation (KL {agreed['kl']:.3f})" in text
     assert 3.8 <= content["measured"]["factor"] <= 3.92
     assert content["metric"] == "validation accuracy"
     assert not content["synthetic"]

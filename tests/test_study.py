@@ -14,6 +14,7 @@ from kronbert.errors import DataError, DistillError
 from kronbert.job_models import open_model
 
 LAST = {k: v for k, v in task_stages("sst2")[-1].to_dict().items() if k != "seed"}
+SCORED = ("scores", "fidelity", "retention_error", "outside")
 SMALL = {"stages": [LAST], "epochs": 1, "batch_size": 16, "rates": [1e-3],
          "calibration_rows": 32, "splice": 0}  # fmt: skip
 
@@ -88,12 +89,12 @@ def test_scores_are_those_of_the_saved_model_and_can_be_made_again(modules, opti
     assert "fidelity" not in rows["teacher"]
     agreed = rows["kronbert"]["fidelity"]["validation"]
     assert 0 <= agreed["agreement"] <= 1
-    assert agreed["kl"] > 0
+    assert agreed["kl"] > 0 <= rows["kronbert"]["retention_error"] < 1
     study = modules.runs.Study(options)
     for run in modules.main.runs_of(options):
         path = run.folder(study.output) / "result.json"
         before = json.loads(path.read_text())
-        found = {key: before.pop(key) for key in ("scores", "fidelity", "outside") if key in before}
+        found = {key: before.pop(key) for key in SCORED if key in before}
         path.write_text(json.dumps({**before, "scores": {}}))
         again = study.score_again(run)
         assert again == json.loads(path.read_text())

@@ -73,6 +73,22 @@ def test_students_are_held_against_their_own_teachers(modules, results):
     assert teacher[3:5] == ["85.0 ± 7.1 (2 teachers)", "80.0"]
 
 
+def test_what_is_kept_has_its_standard_error(modules, results):
+    errors = {1: 0.01, 2: 0.02, 3: None}
+    runs = [
+        {**row, "retention_error": errors[row["seed"]]}
+        if row["task"] == "sst2" and row["tag"] == "main"
+        else row
+        for row in results.runs
+    ]
+    told = modules.results.Results({**results.content, "runs": runs})
+    ours = rows_of(modules.tables.full_tasks(told))[4]
+    assert ours[3:5] == ["72.0 ± 1.0, 90.0 % (± 1.5)", "72.0 ± 1.0, 90.0 %"]
+    said = "percent: student / its teacher, in brackets the standard error of it"
+    assert said in modules.tables.full_tasks(told)
+    assert "in brackets" not in modules.tables.full_tasks(results)
+
+
 def test_collect_adds_to_what_was_collected_before(modules, tmp_path):
     def put(folder, row):
         place = tmp_path / folder / row["task"] / f"{row['student']}-{row['seed']}"
