@@ -123,11 +123,13 @@ def _text(content: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over seeds (None: one seed)."""
+    """Mean and standard deviation over seeds (None: one seed). most: seeds of the task that has the
+    most of those that ``mean`` is over."""
 
     mean: float
     spread: float | None
     seeds: int
+    most: int | None = None
 
     @classmethod
     def over(cls, values: list[float]) -> Spread | None:
@@ -194,12 +196,21 @@ class Results:
         return mean(found) if found else None
 
     def mean_score(self, kind: str, factor: float, tag: str = settings.MAIN) -> Spread | None:
-        """Over the five full tasks, seed by seed; None unless a seed has all of them."""
+        """Over the five full tasks; None unless all were measured."""
         return _over_tasks([self.scores(kind, factor, task, tag) for task in settings.FULL])
 
     def mean_retained(self, kind: str, factor: float, tag: str = settings.MAIN) -> Spread | None:
-        """The mean over the five full tasks of student / teacher, seed by seed."""
+        """The same of student / teacher."""
         return _over_tasks([self.retained(kind, factor, task, tag) for task in settings.FULL])
+
+    def mean_retention_error(self, kind: str, factor: float) -> float | None:
+        """Standard error of `mean_retained` for want of more dev rows; None unless all five tasks
+        have one."""
+        errors = [self.retention_error(kind, factor, task) for task in settings.FULL]
+        known = [error for error in errors if error is not None]
+        if len(known) < len(errors):
+            return None
+        return float(sum(error**2 for error in known) ** 0.5 / len(known))
 
     def factors(self) -> list[float]:
         return sorted({row["factor"] for row in self.runs})
@@ -216,5 +227,18 @@ class Results:
 
 
 def _over_tasks(tasks: list[dict[int, float]]) -> Spread | None:
-    seeds = sorted(set.intersection(*(set(task) for task in tasks)))
-    return Spread.over([mean(task[seed] for task in tasks) for seed in seeds])
+    """The mean of the tasks' means. One seed draws other numbers in each task, so their deviations
+    are taken as independent; None where a task has one seed."""
+    found = [Spread.over(list(task.values())) for task in tasks]
+    known = [one for one in found if one is not None]
+    if len(known) < len(tasks):
+        return None
+    spreads = [one.spread for one in known if one.spread is not None]
+    spread = sum(one**2 for one in spreads) ** 0.5 / len(tasks)
+    seeds = [one.seeds for one in known]
+    return Spread(
+        mean(one.mean for one in known),
+        spread if len(spreads) == len(tasks) else None,
+        min(seeds),
+        max(seeds),
+    )

@@ -38,15 +38,14 @@ def kept(results: Results) -> str:
     empty = len(lines)
     for factor in results.factors():
         for kind, title in settings.KINDS.items():
-            mean = results.mean_retained(kind, factor)
-            if mean is None:
+            if results.mean_retained(kind, factor) is None:
                 continue
             spreads = (
                 Spread.over(list(results.retained(kind, factor, task).values()))
                 for task in settings.FULL
             )
             cells = ["" if one is None else f"{100 * one.mean:.1f} %" for one in spreads]
-            lines.append(_row([f"{factor:g}", title, *cells, _plain(mean, " %")]))
+            lines.append(_row([f"{factor:g}", title, *cells, _kept_mean(results, kind, factor)]))
     return "\n".join(lines) if len(lines) > empty else NONE
 
 
@@ -126,7 +125,7 @@ def _table(
             ]
             if mean:
                 cells.append(_plain(results.mean_score(kind, factor)))
-                cells.append(_plain(results.mean_retained(kind, factor), " %"))
+                cells.append(_kept_mean(results, kind, factor))
             size = _size(results.parameters(kind, factor, tasks))
             lines.append(_row([f"{factor:g}", title, size, *cells]))
     left_out = "".join(
@@ -134,7 +133,7 @@ def _table(
         f"{'; '.join(title for title, places in missing.items() if places == at)}."
         for at in dict.fromkeys(missing.values())
     )
-    return "\n".join([*lines, "", _notes(results, tasks, sets) + left_out])
+    return "\n".join([*lines, "", _notes(results, tasks, sets, mean) + left_out])
 
 
 def ablations(results: Results) -> str:
@@ -222,7 +221,8 @@ def _changed(row: Mapping[str, Any], base: Mapping[int, Mapping[str, Any]]) -> d
 
 def retention_picture(results: Results, path: Path) -> bool:
     """Mean of student / teacher over the five full tasks against the factor, one line per kind,
-    whiskers of one standard deviation over seeds. False: nothing to draw, no picture."""
+    whiskers of one standard deviation over seeds, where every task has several. False: nothing to
+    draw, no picture."""
     lines = {}
     for kind, title in settings.KINDS.items():
         points = [(f, results.mean_retained(kind, f)) for f in results.factors()]
@@ -286,15 +286,23 @@ def _of_teachers(spread: Spread | None) -> str:
 def _plain(spread: Spread | None, unit: str = "") -> str:
     if spread is None:
         return NONE
+    several = spread.most not in (None, spread.seeds)
+    seeds = f" ({spread.seeds} to {spread.most} seeds)" if several else ""
     if spread.spread is None:
-        return f"{100 * spread.mean:.1f}{unit} (1 seed)"
-    return f"{100 * spread.mean:.1f} ± {100 * spread.spread:.1f}{unit}"
+        return f"{100 * spread.mean:.1f}{unit}{seeds or ' (1 seed)'}"
+    return f"{100 * spread.mean:.1f} ± {100 * spread.spread:.1f}{unit}{seeds}"
 
 
 def _cell(score: Spread | None, kept: Spread | None, error: float | None) -> str:
     if kept is None:
         return _plain(score)
     said = f"{_plain(score)}, {100 * kept.mean:.1f} %"
+    return said if error is None else f"{said} (± {100 * error:.1f})"
+
+
+def _kept_mean(results: Results, kind: str, factor: float) -> str:
+    said = _plain(results.mean_retained(kind, factor), " %")
+    error = results.mean_retention_error(kind, factor)
     return said if error is None else f"{said} (± {100 * error:.1f})"
 
 
@@ -324,7 +332,7 @@ def _commonest_cell(results: Results, task: str, score: float | None) -> str:
     return _percent(score)
 
 
-def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
+def _notes(results: Results, tasks: tuple[str, ...], sets: str, mean: bool = False) -> str:
     """Where the figures come from: data, seeds, machines, versions and commits."""
     teachers = [row for row in results.every_teacher if row["task"] in tasks]
     runs = [row for row in results.runs if row["task"] in tasks]
@@ -343,7 +351,8 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str) -> str:
         + "; mean ± standard deviation over seeds"
         + (f" {', '.join(map(str, seeds))}" if seeds else "")
         + "; percent: student / its teacher"
-        + (", in brackets the standard error of it for want of more rows." if erring else "."),
+        + (", in brackets the standard error of it for want of more rows." if erring else ".")
+        + (" Deviations of the mean are those of the tasks, taken as independent." * mean),
         f"Data: {_list(rows, lambda row: _files(row.get(data)))}.",
         f"Started from: {', '.join(starts) or 'no stage-1 student'}.",
         f"Machines: {_list(rows, lambda row: row['machine'])}; torch "

@@ -47,7 +47,7 @@ def test_table_shows_means_and_what_is_missing(modules, results):
     ours = by_name["**kronbert**"]
     assert ours[0] == "8"
     assert ours[3:8] == ["72.0 ± 1.0, 90.0 %"] * 5
-    assert ours[8:] == ["72.0 ± 1.0", "90.0 ± 1.3 %"]
+    assert ours[8:] == ["72.0 ± 0.4", "90.0 ± 0.6 %"]
     svd = by_name["truncated SVD"]
     assert svd[3] == "60.0 (1 seed), 75.0 %"
     assert svd[7:] == ["not measured"] * 3
@@ -84,6 +84,10 @@ def test_what_is_kept_has_its_standard_error(modules, results):
     told = modules.results.Results({**results.content, "runs": runs})
     ours = rows_of(modules.tables.full_tasks(told))[4]
     assert ours[3:5] == ["72.0 ± 1.0, 90.0 % (± 1.5)", "72.0 ± 1.0, 90.0 %"]
+    told = modules.results.Results(
+        {**results.content, "runs": [{**row, "retention_error": 0.01} for row in results.runs]}
+    )
+    assert rows_of(modules.tables.full_tasks(told))[4][9] == "90.0 ± 0.6 % (± 0.4)"
     said = "percent: student / its teacher, in brackets the standard error of it"
     assert said in modules.tables.full_tasks(told)
     assert "in brackets" not in modules.tables.full_tasks(results)
@@ -122,7 +126,15 @@ def test_collect_adds_to_what_was_collected_before(modules, tmp_path):
 def test_short_table_has_students_with_every_task(modules, results):
     head, _, *rows = rows_of(modules.tables.kept(results))
     assert head == ["factor", "student", *modules.settings.FULL, "mean kept"]
-    assert rows == [["8", "**kronbert**", *["90.0 %"] * 5, "90.0 ± 1.3 %"]]
+    assert rows == [["8", "**kronbert**", *["90.0 %"] * 5, "90.0 ± 0.6 %"]]
+    few = [row for row in results.runs if row["task"] != "cola" or row["seed"] == 1]
+    told = modules.results.Results({**results.content, "runs": few})
+    *_, ours = rows_of(modules.tables.kept(told))
+    assert ours[5:] == ["88.8 %", "90.0 %", "89.8 % (1 to 3 seeds)"]
+    few = [row for row in results.runs if row["task"] != "cola" or row["seed"] < 3]
+    told = modules.results.Results({**results.content, "runs": few})
+    *_, ours = rows_of(modules.tables.kept(told))
+    assert ours[5:] == ["89.4 %", "90.0 %", "89.9 ± 0.5 % (2 to 3 seeds)"]
     empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
     assert modules.tables.kept(empty) == "not measured"
 
@@ -233,7 +245,7 @@ def test_picture_has_a_line_per_measured_kind(modules, results, monkeypatch, tmp
     (bar,) = axes.containers
     assert bar.lines[0].get_ydata() == pytest.approx([90.0])
     (whisker,) = bar.lines[2][0].get_segments()
-    assert whisker[:, 1] == pytest.approx([88.75, 91.25])
+    assert whisker[:, 1] == pytest.approx([90 - 1.25 / 5**0.5, 90 + 1.25 / 5**0.5])
     fewer = replace_runs(modules, results)
     assert not modules.tables.retention_picture(fewer, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
