@@ -143,9 +143,9 @@ def run_stage(
         say(f"resumed after step {_step(last)}")
     with (
         own_forward(student),
-        plain_attention(student),
-        fused_layers(student, autocast=args.bf16 or args.fp16),
         dropout_set_to(student, stage.dropout),
+        fused_layers(student, autocast=args.bf16 or args.fp16),
+        plain_attention(student),
     ):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not keep_last:

@@ -103,7 +103,8 @@ def attention(
     """``softmax(scale q kᵀ + mask) v`` of x's three maps: x (batch, tokens, width) -> (batch,
     tokens, heads * head width). mask (batch or 1, 1, tokens or 1, tokens): True for a key that is
     seen, or numbers to add to the scores. None where no engine has it in one call."""
-    return cpu_blocks.attention(x, (query, key, value), heads, scale, mask)
+    made = cpu_blocks.attention(x, (query, key, value), heads, scale, mask)
+    return cpu_train.attention(x, (query, key, value), heads, scale, mask) if made is None else made
 
 
 def linear_norm(

@@ -127,7 +127,7 @@ def attention(
         return None
     added = None
     if mask is not None:
-        added = _MASKS.added(mask, *x.shape[:2])
+        added = MASKS.added(mask, *x.shape[:2])
         if added is None:
             return None
     query, key, value = (functional.kron_linear(x, linear.a, linear.b) for linear in maps)
@@ -237,7 +237,7 @@ class _Masks:
         return made
 
 
-_MASKS = _Masks()
+MASKS = _Masks()
 
 
 def _added(mask: Tensor, batch: int, tokens: int) -> Tensor | None:

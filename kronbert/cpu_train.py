@@ -1,7 +1,8 @@
-"""The feed-forward half on a CPU with gradients: its hidden layer exists a few rows at a time.
+"""Blocks on a CPU with gradients, in float32 and eager: what is wide exists a few rows at a time.
 
-For two truncated SVDs, in float32 and eager: between their small sides, (n, rank) -> (n, rank),
-lies all that is wide. What is narrow is kept for the backward pass, which makes the rest anew.
+Of the feed-forward half, for two truncated SVDs: between their small sides, (n, rank) -> (n, rank),
+lies all that is wide. Of attention: the scores of six queries, on the row kernels in C. What is
+narrow is kept for the backward pass, which makes the rest anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import cpu, functional
+from . import cpu, functional, native
+from .cpu_blocks import HEAD, MASKS, TOKENS
 from .forms import LOW_RANK
 
 if TYPE_CHECKING:
@@ -90,3 +92,56 @@ def _hidden(z: Tensor, up: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     if bias is None:
         return torch.mm(z, up, out=into)
     return torch.addmm(bias, z, up, out=into)
+
+
+def attention(
+    x: Tensor,
+    maps: tuple[Linear, Linear, Linear],
+    heads: int,
+    scale: float,
+    mask: Tensor | None,
+) -> Tensor | None:
+    """`kronbert.cpu_blocks.attention` with gradients; None for what the row kernels do not take."""
+    pairs = [pair for linear in maps for pair in zip(linear.a, linear.b, strict=True)]
+    if x.dim() != 3 or x.shape[1] > TOKENS or not x.numel() or x.dtype != torch.float32:
+        return None
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not cpu.takes(x, pairs):
+        return None
+    outs = {linear.a[0].shape[1] * linear.b[0].shape[1] for linear in maps}
+    head, rest = divmod(max(outs), heads)
+    if len(outs) > 1 or rest or head > HEAD or head % native.LANES or native.library() is None:
+        return None
+    added = None
+    if mask is not None:
+        added = None if mask.requires_grad else MASKS.added(mask, *x.shape[:2])
+        if added is None:
+            return None
+    query, key, value = (functional.kron_linear(x, *linear) for linear in maps)
+    found: Tensor = _Attention.apply(query, key, value, added, heads, scale)
+    return found
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        heads: int,
+        scale: float,
+    ) -> Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.heads, ctx.scale = heads, scale
+        return native.attention(query, key, value, (None, None, None), mask, heads, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        found = native.attention_backward(
+            query, key, value, mask, ctx.heads, ctx.scale, slope.contiguous()
+        )
+        return *found, None, None, None

@@ -3,14 +3,21 @@
  * kronbert/native.py builds this file on the machine that runs it and says what each function
  * computes. Tensors are contiguous; bf16 = 0 holds float32, 1 bfloat16, computed in float32 and
  * rounded to nearest even. Widths are multiples of 16. OpenMP shares the rows among threads.
- * The vector type is the compiler's own: 16 lanes, in as many registers as the machine needs. */
+ * The vector type is the compiler's own, one register of the machine: gcc keeps what is wider in
+ * memory, so that every operation waits for a store. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -97,10 +104,12 @@ INLINE void mix_rows(const void *z, const float *matrix, const void *bias, void 
     int64_t to, int p, int q, int w, int bf16) {
   for (int64_t t = from; t < to; t++)
     for (int c = 0; c < w; c += LANES) {
-      vec in[q];
+      vec in[16];
+#pragma GCC unroll 16
       for (int j = 0; j < q; j++) in[j] = load(z, (t * q + j) * w + c, bf16);
       for (int i = 0; i < p; i++) {
         vec out = bias ? load(bias, (int64_t)i * w + c, bf16) : all(0);
+#pragma GCC unroll 16
         for (int j = 0; j < q; j++) out += in[j] * matrix[i * q + j];
         store(y, (t * p + i) * w + c, out, bf16);
       }
@@ -130,26 +139,35 @@ void kronbert_mix(const void *z, const float *matrix, const void *bias, void *y,
  * inner and m are 2, 4, 8 or 16, rows a multiple of 16. */
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 
-INLINE vec even(vec a, vec b) {
-  return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-}
-INLINE vec odd(vec a, vec b) {
-  return PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-INLINE vec low(vec a, vec b) {
-  return PICK(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-INLINE vec high(vec a, vec b) {
-  return PICK(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
+#if LANES == 16
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif LANES == 8
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
 
-/* v: 16 rows of k numbers, as they lie, to k columns of 16 numbers */
+INLINE vec even(vec a, vec b) { return PICK(a, b, EVEN); }
+INLINE vec odd(vec a, vec b) { return PICK(a, b, ODD); }
+INLINE vec low(vec a, vec b) { return PICK(a, b, LOW); }
+INLINE vec high(vec a, vec b) { return PICK(a, b, HIGH); }
+
+/* v: LANES rows of k numbers, as they lie, to k columns of LANES numbers */
 INLINE void part(vec *v, int k) {
 #pragma GCC unroll 4
   for (int size = k; size > 1; size /= 2)
 #pragma GCC unroll 8
     for (int start = 0; start < k; start += size) {
-      vec t[k];
+      vec t[16];
 #pragma GCC unroll 8
       for (int i = 0; i < size / 2; i++) {
         t[i] = even(v[start + 2 * i], v[start + 2 * i + 1]);
@@ -166,7 +184,7 @@ INLINE void join(vec *v, int k) {
   for (int size = 2; size <= k; size *= 2)
 #pragma GCC unroll 8
     for (int start = 0; start < k; start += size) {
-      vec t[k];
+      vec t[16];
 #pragma GCC unroll 8
       for (int i = 0; i < size / 2; i++) {
         t[2 * i] = low(v[start + i], v[start + size / 2 + i]);
@@ -188,12 +206,14 @@ INLINE void gather_rows(const void *x, const float *b, void *z, int64_t from, in
     int inner, int m, int bf16) {
   for (int64_t t = from; t < to; t++)
     for (int r = 0; r < rows; r += LANES) {
-      vec v[inner];
+      vec v[16];
+#pragma GCC unroll 16
       for (int i = 0; i < inner; i++)
         v[i] = load(x, (t * rows + r) * inner + i * LANES, bf16);
       part(v, inner);
       for (int j = 0; j < m; j++) {
         vec out = all(0);
+#pragma GCC unroll 16
         for (int i = 0; i < inner; i++) out += v[place(i, inner)] * b[j * inner + i];
         store(z, (t * m + j) * rows + r, out, bf16);
       }
@@ -204,9 +224,11 @@ INLINE void spread_rows(const void *z, const void *bias, void *y, int64_t from, 
     int rows, int m, int bf16) {
   for (int64_t t = from; t < to; t++)
     for (int r = 0; r < rows; r += LANES) {
-      vec v[m];
+      vec v[16];
+#pragma GCC unroll 16
       for (int j = 0; j < m; j++) v[place(j, m)] = load(z, (t * m + j) * rows + r, bf16);
       join(v, m);
+#pragma GCC unroll 16
       for (int j = 0; j < m; j++) {
         vec out = v[j];
         if (bias) out += load(bias, r * m + j * LANES, bf16);
@@ -250,15 +272,20 @@ INLINE void middle_rows(const void *z, const float *up, const void *bias, const 
     void *y, int64_t from, int64_t to, int k, int wide, int m, int w, int bf16) {
   for (int64_t t = from; t < to; t++)
     for (int c = 0; c < w; c += LANES) {
-      vec in[k], out[m];
+      vec in[8], out[8];
+#pragma GCC unroll 8
       for (int j = 0; j < k; j++) in[j] = load(z, (t * k + j) * w + c, bf16);
+#pragma GCC unroll 8
       for (int j = 0; j < m; j++) out[j] = all(0);
       for (int i = 0; i < wide; i++) {
         vec h = bias ? load(bias, (int64_t)i * w + c, bf16) : all(0);
+#pragma GCC unroll 8
         for (int j = 0; j < k; j++) h += in[j] * up[i * k + j];
         h = gelu(h);
+#pragma GCC unroll 8
         for (int j = 0; j < m; j++) out[j] += h * down[j * wide + i];
       }
+#pragma GCC unroll 8
       for (int j = 0; j < m; j++) store(y, (t * m + j) * w + c, out[j], bf16);
     }
 }

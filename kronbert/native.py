@@ -58,6 +58,7 @@ _ARGUMENTS = {
     "kronbert_bias_gelu": [_POINTER] * 2 + [_LONG] + [_INT] * 3,
     "kronbert_add_norm": [_POINTER] * 5 + [_FLOAT, _POINTER, _LONG] + [_INT] * 3,
     "kronbert_attention": [_POINTER] * 8 + [_LONG] + [_INT] * 4 + [_FLOAT, _INT, _INT],
+    "kronbert_attention_backward": [_POINTER] * 8 + [_LONG] + [_INT] * 4 + [_FLOAT, _INT],
 }
 
 
@@ -82,7 +83,7 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(built, name)
         function.argtypes = arguments
-        function.restype = _INT if name == "kronbert_attention" else None
+        function.restype = _INT if name.startswith("kronbert_attention") else None
     return built
 
 
@@ -171,6 +172,28 @@ def attention(
     if _call("kronbert_attention", *at, *sizes, scale, *_how(query)):
         raise MemoryError(f"attention of {tokens} tokens: no memory for one head's keys.")
     return y
+
+
+def attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    scale: float,
+    slope: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of `attention` without biases, from that of what it gives,
+    slope: all float32."""
+    batch, tokens, width = query.shape
+    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    at = map(_at, (query, key, value, mask, slope, *found))
+    queries = 1 if mask is None else mask.shape[1]
+    sizes = batch, heads, tokens, width // heads, queries
+    threads = torch.get_num_threads()
+    if _call("kronbert_attention_backward", *at, *sizes, scale, threads):
+        raise MemoryError(f"attention of {tokens} tokens: no memory for one head's keys.")
+    return found
 
 
 def _call(name: str, *arguments: object) -> int | None:

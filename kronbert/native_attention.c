@@ -6,19 +6,28 @@
 #include "native.c"
 
 #define ROWS 6
+#define WIDE (LANES == 8 ? 2 : 4) /* ROWS * WIDE sums and a line of WIDE fit into the registers */
+#define STEP 16
 
-/* c (ROWS, 16 wide) = a (ROWS, k) . b (k, 16 wide) */
+/* c (ROWS, LANES * wide) = a (ROWS, k) . b (k, LANES * wide) */
 INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
     int64_t c_stride, int k, int wide) {
-  vec acc[ROWS][wide];
+  vec acc[ROWS][4], line[4];
+#pragma GCC unroll 6
   for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
     for (int j = 0; j < wide; j++) acc[i][j] = all(0);
-  for (int p = 0; p < k; p++)
-    for (int j = 0; j < wide; j++) {
-      vec line = load(b, p * b_stride + j * LANES, 0);
-      for (int i = 0; i < ROWS; i++) acc[i][j] += line * a[i * a_stride + p];
-    }
+  for (int p = 0; p < k; p++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < wide; j++) line[j] = load(b, p * b_stride + j * LANES, 0);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < wide; j++) acc[i][j] += line[j] * a[i * a_stride + p];
+  }
+#pragma GCC unroll 6
   for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
     for (int j = 0; j < wide; j++) store(c, i * c_stride + j * LANES, acc[i][j], 0);
 }
 
@@ -26,53 +35,37 @@ INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_str
 static void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
     int64_t c_stride, int k, int columns) {
   int j = 0;
-  for (; j + 64 <= columns; j += 64) tile(a, a_stride, b + j, b_stride, c + j, c_stride, k, 4);
-  if (columns - j == 48) tile(a, a_stride, b + j, b_stride, c + j, c_stride, k, 3);
-  if (columns - j == 32) tile(a, a_stride, b + j, b_stride, c + j, c_stride, k, 2);
-  if (columns - j == 16) tile(a, a_stride, b + j, b_stride, c + j, c_stride, k, 1);
+  for (; j + WIDE * LANES <= columns; j += WIDE * LANES)
+    tile(a, a_stride, b + j, b_stride, c + j, c_stride, k, WIDE);
+  int rest = (columns - j) / LANES; /* only where WIDE * LANES is more than 16 */
+  if (rest == 3) tile(a, a_stride, b + j, b_stride, c + j, c_stride, k, 3);
+  if (rest == 2) tile(a, a_stride, b + j, b_stride, c + j, c_stride, k, 2);
+  if (rest == 1) tile(a, a_stride, b + j, b_stride, c + j, c_stride, k, 1);
 }
 
-/* target[j][i] = rows[i][j], 16 x 16 */
-INLINE void turn(vec r[16], float *target, int64_t stride) {
-  vec t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = PICK(r[i], r[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    t[i + 1] = PICK(r[i], r[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = i; j < i + 2; j++) {
-      r[j] = PICK(t[j], t[j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-      r[j + 2] = PICK(t[j], t[j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-  for (int i = 0; i < 16; i += 8)
-    for (int j = i; j < i + 4; j++) {
-      t[j] = PICK(r[j], r[j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-      t[j + 4] = PICK(r[j], r[j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-  for (int j = 0; j < 8; j++) {
-    r[j] = PICK(t[j], t[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    r[j + 8] = PICK(t[j], t[j + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  for (int i = 0; i < 16; i++) store(target, i * stride, r[i], 0);
-}
-
-/* One head: keys (d, padded) and values (tokens, d) are filled from the rows of k and v */
-INLINE void collect(const void *k, const void *v, const void *k_bias, const void *v_bias,
-    int64_t at, int64_t column, int64_t stride, float *keys, float *values, int tokens, int padded,
-    int d, int bf16) {
+/* One head: target (d, padded) = the rows of x (tokens, d), turned */
+INLINE void turned(const void *x, const void *bias, int64_t at, int64_t column, int64_t stride,
+    float *target, int tokens, int padded, int d, int bf16) {
   for (int i = 0; i < padded; i += LANES)
     for (int j = 0; j < d; j += LANES) {
-      vec rows[16];
-      vec bias = k_bias ? load(k_bias, column + j, bf16) : all(0);
-      for (int r = 0; r < 16; r++)
-        rows[r] = i + r < tokens ? load(k, at + (i + r) * stride + j, bf16) + bias : all(0);
-      turn(rows, keys + (int64_t)j * padded + i, padded);
+      vec rows[LANES];
+      vec added = bias ? load(bias, column + j, bf16) : all(0);
+      for (int r = 0; r < LANES; r++)
+        rows[r] = i + r < tokens ? load(x, at + (i + r) * stride + j, bf16) + added : all(0);
+      part(rows, LANES);
+      for (int r = 0; r < LANES; r++)
+        store(target, (int64_t)(j + r) * padded + i, rows[place(r, LANES)], 0);
     }
+}
+
+/* One head: target (tokens, d) = the rows of x */
+INLINE void copied(const void *x, const void *bias, int64_t at, int64_t column, int64_t stride,
+    float *target, int tokens, int d, int bf16) {
   for (int i = 0; i < tokens; i++)
     for (int j = 0; j < d; j += LANES) {
-      vec line = load(v, at + i * stride + j, bf16);
-      if (v_bias) line += load(v_bias, column + j, bf16);
-      store(values, (int64_t)i * d + j, line, 0);
+      vec line = load(x, at + i * stride + j, bf16);
+      if (bias) line += load(bias, column + j, bf16);
+      store(target, (int64_t)i * d + j, line, 0);
     }
 }
 
@@ -104,11 +97,11 @@ INLINE int attend(const void *q, const void *k, const void *v, const void *q_bia
     const void *k_bias, const void *v_bias, const float *mask, void *y, int64_t batch, int heads,
     int tokens, int d, int queries, float scale, int bf16, int threads) {
   int64_t width = (int64_t)heads * d;
-  int padded = (tokens + LANES - 1) / LANES * LANES, failed = 0;
+  int padded = (tokens + STEP - 1) / STEP * STEP, failed = 0;
 #pragma omp parallel num_threads(threads)
   {
     int64_t numbers = (int64_t)padded * (2 * d + ROWS) + 2 * ROWS * d;
-    float *keys = aligned_alloc(64, sizeof(float) * ((numbers + LANES - 1) / LANES * LANES));
+    float *keys = aligned_alloc(64, sizeof(float) * ((numbers + STEP - 1) / STEP * STEP));
     float *values = keys + (int64_t)d * padded, *scores = values + (int64_t)d * padded;
     float *scaled = scores + (int64_t)ROWS * padded, *out = scaled + ROWS * d;
     if (!keys) {
@@ -122,7 +115,8 @@ INLINE int attend(const void *q, const void *k, const void *v, const void *q_bia
       if (!keys) continue;
       int64_t sequence = job / heads, column = job % heads * d;
       int64_t at = sequence * tokens * width + column;
-      collect(k, v, k_bias, v_bias, at, column, width, keys, values, tokens, padded, d, bf16);
+      turned(k, k_bias, at, column, width, keys, tokens, padded, d, bf16);
+      copied(v, v_bias, at, column, width, values, tokens, d, bf16);
       for (int i = 0; i < tokens; i += ROWS) {
         int rows = tokens - i < ROWS ? tokens - i : ROWS;
         float inverse[ROWS];
@@ -160,4 +154,90 @@ int kronbert_attention(const void *q, const void *k, const void *v, const void *
         1, threads);
   return attend(q, k, v, q_bias, k_bias, v_bias, mask, y, batch, heads, tokens, d, queries, scale, 0,
       threads);
+}
+
+/* target (tokens, d) += aᵀ (tokens, ROWS) . b (ROWS, d) */
+INLINE void add_outer(const float *a, int64_t a_stride, const float *b, float *target,
+    int64_t stride, int tokens, int d) {
+  for (int j = 0; j < d; j += LANES) {
+    vec lines[ROWS];
+    for (int r = 0; r < ROWS; r++) lines[r] = load(b, r * d + j, 0);
+    for (int i = 0; i < tokens; i++) {
+      vec line = load(target, i * stride + j, 0);
+      for (int r = 0; r < ROWS; r++) line += lines[r] * a[r * a_stride + i];
+      store(target, i * stride + j, line, 0);
+    }
+  }
+}
+
+/* Gradients of kronbert_attention without biases, in float32: dq, dk, dv from dy, all (batch,
+ * tokens, heads * d). With P the softmax, dP = dy vᵀ and dS = P (dP - the sum of P dP over keys),
+ * dq = scale dS k, dk = scale dSᵀ q and dv = Pᵀ dy; P is made anew, six queries at a time.
+ * Returns 1 if memory ran out. */
+int kronbert_attention_backward(const float *q, const float *k, const float *v, const float *mask,
+    const float *dy, float *dq, float *dk, float *dv, int64_t batch, int heads, int tokens, int d,
+    int queries, float scale, int threads) {
+  int64_t width = (int64_t)heads * d;
+  int padded = (tokens + STEP - 1) / STEP * STEP, failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t numbers = (int64_t)padded * 2 * (d + ROWS) + 3 * ROWS * d;
+    float *keys = aligned_alloc(64, sizeof(float) * ((numbers + STEP - 1) / STEP * STEP));
+    float *values = keys + (int64_t)d * padded, *scores = values + (int64_t)d * padded;
+    float *slopes = scores + (int64_t)ROWS * padded, *scaled = slopes + (int64_t)ROWS * padded;
+    float *given = scaled + ROWS * d, *out = given + ROWS * d;
+    if (!keys) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(static)
+    for (int64_t job = 0; job < batch * heads; job++) {
+      if (!keys) continue;
+      int64_t sequence = job / heads, at = sequence * tokens * width + job % heads * d;
+      turned(k, NULL, at, 0, width, keys, tokens, padded, d, 0);
+      turned(v, NULL, at, 0, width, values, tokens, padded, d, 0);
+      for (int i = 0; i < tokens; i++) {
+        memset(dk + at + i * width, 0, sizeof(float) * d);
+        memset(dv + at + i * width, 0, sizeof(float) * d);
+      }
+      for (int i = 0; i < tokens; i += ROWS) {
+        int rows = tokens - i < ROWS ? tokens - i : ROWS;
+        for (int r = 0; r < ROWS; r++)
+          for (int j = 0; j < d; j += LANES) {
+            int64_t from = at + (i + r) * width + j;
+            store(scaled, r * d + j, r < rows ? load(q, from, 0) * scale : all(0), 0);
+            store(given, r * d + j, r < rows ? load(dy, from, 0) : all(0), 0);
+          }
+        product(scaled, d, keys, padded, scores, padded, d, padded);
+        product(given, d, values, padded, slopes, padded, d, padded);
+        for (int r = 0; r < rows; r++) {
+          float *p = scores + (int64_t)r * padded, *slope = slopes + (int64_t)r * padded;
+          const float *hidden = mask;
+          if (mask) hidden += (sequence * queries + (queries > 1 ? i + r : 0)) * padded;
+          float inverse = softmax(p, hidden, tokens, padded);
+          vec total = all(0);
+          for (int j = 0; j < padded; j += LANES) {
+            vec line = load(p, j, 0) * inverse;
+            total += line * load(slope, j, 0);
+            store(p, j, line, 0);
+          }
+          float shared = sum(total);
+          for (int j = 0; j < padded; j += LANES)
+            store(slope, j, load(p, j, 0) * (load(slope, j, 0) - shared), 0);
+        }
+        for (int64_t j = (int64_t)rows * padded; j < (int64_t)ROWS * padded; j += LANES) {
+          store(scores, j, all(0), 0);
+          store(slopes, j, all(0), 0);
+        }
+        add_outer(scores, padded, given, dv + at, width, tokens, d);
+        add_outer(slopes, padded, scaled, dk + at, width, tokens, d);
+        product(slopes, padded, k + at, width, out, d, tokens, d);
+        for (int r = 0; r < rows; r++)
+          for (int j = 0; j < d; j += LANES)
+            store(dq, at + (i + r) * width + j, load(out, r * d + j, 0) * scale, 0);
+      }
+    }
+    free(keys);
+  }
+  return failed;
 }
