@@ -6,7 +6,8 @@ Everything is timed in one process, in turns; run nothing else beside it. A run 
 goes on where it stopped. --quick: few cases and a BERT of two layers, to see that it works.
 
 parts: micro (one linear map), encoder (BERT-base), training (one step), onnx (ONNX Runtime's dense
-fp32 and int8), never_slower (every map of a plan at 1 to 16,384 rows, against `nn.Linear`).
+fp32 and int8), never_slower (every map of a plan at 1 to 16,384 rows, against `nn.Linear`), kernels
+(the row kernels in C with vectors of one register, and of 16 numbers).
 Peers that are not installed are left out by name: pip install -e ".[bench]", and for pyfastkron
 pip install --no-deps pyfastkron.
 """
@@ -14,12 +15,14 @@ pip install --no-deps pyfastkron.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 import kronbert
+from kronbert import native
 from kronbert.bench_models import (
     DTYPES,
     bert_base,
@@ -275,12 +279,53 @@ def slower_row(groups: Groups, rows: int, dtype: str, quick: bool) -> dict[str, 
     return timed_row(compare(calls, seconds=0.05 if quick else 0.15), "nn.Linear")
 
 
+def kernels(quick: bool) -> Iterator[Case]:
+    """BERT-base and its students by the vectors of the row kernels in C: as wide as this machine's
+    registers, and of 16 numbers, which gcc keeps in memory where no register holds as many."""
+    models = Models(quick)
+    for batch, sequence in [(1, 128)] if quick else [(1, 128), (8, 128), (1, 16), (8, 512)]:
+        for name in ("k21",) if quick else ("k8", "k21"):
+            case = f"{name} batch {batch} sequence {sequence} fp32"
+            yield case, partial(kernels_row, models, name, batch, sequence, quick)
+
+
+def kernels_row(
+    models: Models, name: str, batch: int, sequence: int, quick: bool
+) -> dict[str, Any]:
+    dense = models.get("dense", "fp32")
+    given = inputs(dense, batch, sequence)
+    calls = runs({"dense": dense}, given)
+    (call,) = runs({name: models.get(name, "fp32")}, given).values()
+    for kind, library in libraries().items():
+
+        def run(library: Any = library) -> Any:
+            with patch.object(native, "library", lambda: library):
+                return call()
+
+        calls[kind] = run
+    return timed_row(compare(calls, seconds=1 if quick else 10), "dense")
+
+
+@cache
+def libraries() -> dict[str, ctypes.CDLL]:
+    """The row kernels by the width of their vectors, in a cache folder of this process's own."""
+    built = native.library.__wrapped__
+    with tempfile.TemporaryDirectory() as folder, patch.dict("os.environ", KRONBERT_CACHE=folder):
+        own = built()
+        with patch.object(native, "FLAGS", (*native.FLAGS, "-DLANES=16")):
+            found = {"one register": own, "16 numbers": built()}
+    if own is None:
+        raise RuntimeError("no row kernels here: off Linux, no C compiler, or turned off")
+    return found
+
+
 PARTS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "micro": micro,
     "encoder": encoder,
     "training": training,
     "onnx": onnx,
     "never_slower": never_slower,
+    "kernels": kernels,
 }
 
 

@@ -1,4 +1,5 @@
-"""Writes docs/speed.md's tables and roofline from examples/results/speed_cpu.json, speed_gpu.json.
+"""Writes docs/speed.md's tables and roofline from speed_cpu.json, speed_cpu_avx2.json and
+speed_gpu.json in examples/results.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. What no file holds reads "not
 measured"; rows that lose stay. --check only compares.
@@ -107,6 +108,16 @@ def cpu_compile(sections: Sections) -> str:
             cells = [times(row["ratio"][name]) for name in names] if why is None else [why, "", ""]
             lines.append([case, *cells])
     return table(["fp32, times as fast as dense eager", *names], lines)
+
+
+def cpu_kernels(sections: Sections) -> str:
+    names = ("one register", "16 numbers")
+    lines = []
+    for case, row in rows_of(sections, "kernels").items():
+        why = failed(row)
+        cells = [times(row["ratio"][name]) for name in names] if why is None else ["", ""]
+        lines.append([case, why or ms(row, "dense"), *cells])
+    return table(["student", "dense, ms", *(f"vectors of {name}" for name in names)], lines)
 
 
 def cpu_micro(sections: Sections) -> str:
@@ -247,6 +258,8 @@ def gpu_training(sections: Sections) -> str:
 TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[Sections], str]]] = {
     # A table's name -> its file, the sections it needs, and what writes it.
     "cpu_encoder": ("speed_cpu.json", ("encoder",), cpu_encoder),
+    "cpu_encoder_avx2": ("speed_cpu_avx2.json", ("encoder",), cpu_encoder),
+    "cpu_kernels": ("speed_cpu_avx2.json", ("kernels",), cpu_kernels),
     "cpu_compile": ("speed_cpu.json", ("encoder",), cpu_compile),
     "cpu_micro": ("speed_cpu.json", ("micro",), cpu_micro),
     "cpu_micro_backward": ("speed_cpu.json", ("micro",), cpu_micro_backward),

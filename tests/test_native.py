@@ -273,7 +273,29 @@ def everything(dtype, n):
     if n:
         y, biases = x[None].contiguous(), (narrow, narrow, narrow)
         found["attention"] = native.attention(y, y, y, biases, None, 4, 0.2)
+        if dtype == torch.float32:
+            mask = torch.zeros(1, 1, n + -n % 16)
+            mask[..., n // 2 + 1 : n] = -INF
+            slopes = native.attention_backward(y, y, y, mask, 4, 0.2, y)
+            found |= zip(("dq", "dk", "dv"), slopes, strict=True)
     return found
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_vectors_of_any_width(lanes, tmp_path, monkeypatch):
+    """What other processors have: 4 numbers to a register (ARM), 8 (AVX2), 16 (AVX512)."""
+    cases = [(dtype, n) for dtype in native.DTYPES for n in (1, 7, 129)]
+    own = [everything(*case) for case in cases]
+    monkeypatch.setenv("KRONBERT_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, f"-DLANES={lanes}"))
+    monkeypatch.setattr(native, "library", native.cache(native.library.__wrapped__))
+    for case, kept in zip(cases, own, strict=True):
+        rtol, atol = (1e-4, 5e-5) if case[0] == torch.float32 else (0.02, 1e-4)
+        for name, found in everything(*case).items():
+            torch.testing.assert_close(
+                found, kept[name], rtol=rtol, atol=atol, msg=lambda said, name=name: name + said
+            )
+    assert list(tmp_path.iterdir())
 
 
 @DTYPES

@@ -41,6 +41,7 @@ def cpu_row(part, case):
         "training": (case.split()[0],),
         "onnx": ("k21 fp32", "k21 bf16"),
         "never_slower": ("kronbert",),
+        "kernels": ("one register", "16 numbers"),
     }
     if case.startswith("machine"):
         return {"flop_per_s": 2e11, "bytes_per_s": 1e10}
@@ -118,6 +119,8 @@ def test_every_case_has_its_row(page, bench_cpu):
     cpu = Results(page.with_name("speed_cpu.json"), command="python bench", commit="c0ffee")
     parts = {name: part(False) for name, part in bench_cpu.PARTS.items()}
     names = fill(cpu, parts, cpu_row)
+    avx2 = Results(page.with_name("speed_cpu_avx2.json"), command="python bench", commit="c0ffee")
+    fill(avx2, {name: bench_cpu.PARTS[name](False) for name in ("encoder", "kernels")}, cpu_row)
     gpu = Results(page.with_name("speed_gpu.json"), command="python gpu", commit="c0ffee")
     on_gpu = {name: part(SMALL) for name, part in bench_gpu.SECTIONS.items()}
     gpu_names = fill(gpu, on_gpu, gpu_row)
@@ -129,6 +132,8 @@ def test_every_case_has_its_row(page, bench_cpu):
         name: len(re.findall(r"^\| (?!.*---)", body, re.M)) - 1 for name, body in found.items()
     }
     assert lines["cpu_encoder"] + lines["cpu_compile"] == len(names["encoder"])
+    assert lines["cpu_encoder_avx2"] == lines["cpu_encoder"]
+    assert lines["cpu_kernels"] == len(names["kernels"]) == 8
     assert lines["cpu_micro"] + lines["cpu_micro_backward"] == len(names["micro"]) - 2
     assert lines["cpu_training"] == len(names["training"])
     assert lines["cpu_onnx"] == 2 * len(names["onnx"])
