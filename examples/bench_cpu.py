@@ -309,14 +309,14 @@ def kernels_row(
 @cache
 def libraries() -> dict[str, ctypes.CDLL]:
     """The row kernels by the width of their vectors, in a cache folder of this process's own."""
-    built = native.library.__wrapped__
+    build = native.library.__wrapped__
     with tempfile.TemporaryDirectory() as folder, patch.dict("os.environ", KRONBERT_CACHE=folder):
-        own = built()
+        own = build()
         with patch.object(native, "FLAGS", (*native.FLAGS, "-DLANES=16")):
-            found = {"one register": own, "16 numbers": built()}
-    if own is None:
+            wide = build()
+    if own is None or wide is None:
         raise RuntimeError("no row kernels here: off Linux, no C compiler, or turned off")
-    return found
+    return {"one register": own, "16 numbers": wide}
 
 
 PARTS: dict[str, Callable[[bool], Iterator[Case]]] = {

@@ -128,7 +128,9 @@ TABLE = {
     # The main job: the only place that knows both the library and its distillation.
     "job_folder": Row("errors"),
     "job_models": Row("errors", outside_lazily="safetensors torch transformers"),
-    "job_report": Row("errors pictures reporting job_folder job_models", outside="rich"),
+    "job_report": Row(
+        "errors pictures reporting job_folder job_models", lazily="distill.*", outside="rich"
+    ),
     "job_settings": Row("errors config"),
     "job_rows": Row("errors job_settings", lazily="distill.*", outside="torch"),
     "job_start": Row(

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 import kronbert
+from kronbert import native
 from kronbert.distill import Objective, Stage, Term
 from kronbert.distill.cpu_layers import fused_layers, plain_attention
 from kronbert.distill.dropout import dropout_set_to
@@ -61,6 +62,55 @@ def test_attention_comes_back_after_an_error():
 
 
 SVD = {"re:.*(query|key|value|dense)": {"rank": 4}}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's attention")
+def test_a_fused_student_without_dropout_keeps_its_own_attention():
+    student = kronbert.convert(model(BERT), rules=SVD, keep=())
+    with dropout_set_to(student, 0.0), fused_layers(student, autocast=False):
+        with plain_attention(student):
+            assert student.config._attn_implementation == "sdpa"
+    with fused_layers(student, autocast=False), plain_attention(student):  # dropout of 0.1
+        assert student.config._attn_implementation == "eager"
+    with dropout_set_to(student, 0.0), plain_attention(student):  # not fused
+        assert student.config._attn_implementation == "eager"
+    modern = kronbert.fuse(kronbert.convert(model(MODERN), rules={"re:.*Wo": {"rank": 4}}, keep=()))
+    with dropout_set_to(modern, 0.0), plain_attention(modern):  # its attention has no call of ours
+        assert modern.config._attn_implementation == "eager"
+
+
+@pytest.mark.skipif(native.library() is None, reason="no row kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's attention")
+def test_training_takes_the_kernels_to_the_same_gradients(monkeypatch):
+    """Padding and all, of a whole model."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        **{**SIZES, "hidden_size": 64}, intermediate_size=128, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    student = kronbert.convert(model(config), rules=SVD, keep=()).train()
+    ids, mask = torch.randint(1, 50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 4:] = 0
+    made, real = [], native.attention_backward
+    monkeypatch.setattr(native, "attention_backward", lambda *a: made.append(1) or real(*a))
+
+    def gradients():
+        student.zero_grad()
+        y = student(ids, attention_mask=mask).last_hidden_state
+        (y * mask[..., None]).square().sum().backward()
+        return {
+            name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None
+        }
+
+    plain = gradients()
+    assert not made
+    with fused_layers(student, autocast=False), plain_attention(student):
+        found = gradients()
+    assert len(made) == config.num_hidden_layers
+    assert found.keys() == plain.keys()
+    off = 1e-5 * max(float(gradient.abs().max()) for gradient in plain.values())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-3, atol=off)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's layers")
