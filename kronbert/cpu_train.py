@@ -59,10 +59,15 @@ class _Middle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
         y, hidden = z.new_empty(len(z), len(down)), z.new_empty(min(ROWS, len(z)), up.shape[1])
+        own = _has_kernels(z, up)
         for start in range(0, len(z), ROWS):
             part = slice(start, start + ROWS)
             wide = _hidden(z[part], up, bias, hidden)
-            torch.mm(torch.ops.aten.gelu_(wide), down.T, out=y[part])
+            if own:
+                native.bias_gelu_(wide, None)
+            else:
+                torch.ops.aten.gelu_(wide)
+            torch.mm(wide, down.T, out=y[part])
         ctx.save_for_backward(z, up, bias, down)
         return y
 
@@ -73,17 +78,27 @@ class _Middle(torch.autograd.Function):
         dz, dup, ddown = (torch.zeros_like(tensor) for tensor in (z, up, down))
         dbias = None if bias is None else torch.zeros_like(bias)
         hidden, gradient = (z.new_empty(min(ROWS, len(z)), up.shape[1]) for _ in range(2))
+        own = _has_kernels(z, up)
         for start in range(0, len(z), ROWS):
             part = slice(start, start + ROWS)
             wide = _hidden(z[part], up, bias, hidden)
-            torch.mm(dy[part], down, out=gradient[: len(wide)])
-            ddown.addmm_(dy[part].T, F.gelu(wide))
-            dwide = torch.ops.aten.gelu_backward(gradient[: len(wide)], wide)
+            dwide = torch.mm(dy[part], down, out=gradient[: len(wide)])
+            if own:
+                native.gelu_slope_(wide, dwide)
+            else:
+                slope = torch.ops.aten.gelu_backward(dwide, wide)
+                wide, dwide = F.gelu(wide), slope
+            ddown.addmm_(dy[part].T, wide)
             dup.addmm_(z[part].T, dwide)
             torch.mm(dwide, up.T, out=dz[part])
             if dbias is not None:
                 dbias += dwide.sum(0)
         return dz, dup, dbias, ddown
+
+
+def _has_kernels(z: Tensor, up: Tensor) -> bool:
+    fits = z.dtype == torch.float32 and up.shape[1] % native.LANES == 0
+    return fits and native.library() is not None
 
 
 def _hidden(z: Tensor, up: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

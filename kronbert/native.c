@@ -64,9 +64,9 @@ INLINE float largest(vec v) {
   return top;
 }
 
-/* x Phi(x). erf is x times a rational minimax fit in x^2, at most 2.2e-8 off on [-4, 4], and +-1 to
+/* erf(x / sqrt 2): x times a rational minimax fit in x^2, at most 2.2e-8 off on [-4, 4], and +-1 to
  * float32 beyond. */
-INLINE vec gelu(vec x) {
+INLINE vec erf_of(vec x) {
   vec t = x * 0.70710678f, s = t * t;
   vec p = all(1.974815060e-06f) * s + 2.880411073e-04f;
   p = p * s + 4.003668942e-03f;
@@ -78,10 +78,14 @@ INLINE vec gelu(vec x) {
   q = q * s + 1.164766882e-01f;
   q = q * s + 5.072528780e-01f;
   q = q * s + 1.0f;
-  vec erf = t * p / q, half = 0.5f * x;
+  vec erf = t * p / q;
   erf = pick(t < -4, all(-1), erf);
-  erf = pick(t > 4, all(1), erf);
-  return half + half * erf;
+  return pick(t > 4, all(1), erf);
+}
+
+INLINE vec gelu(vec x) {
+  vec half = 0.5f * x;
+  return half + half * erf_of(x);
 }
 
 /* exp(x) for x <= 0; 0 below -87. x = n log 2 + r, a polynomial in r (5e-9 off), n in the exponent.
@@ -327,6 +331,18 @@ void kronbert_bias_gelu(void *x, const void *bias, int64_t n, int w, int bf16, i
     if (bf16) bias_gelu_rows(x, bias, from, to, w, 1);
     else bias_gelu_rows(x, bias, from, to, w, 0);
   }
+}
+
+/* gelu_slope: x = gelu(x) and slope = slope gelu'(x), both (n, w), in place, in float32 */
+void kronbert_gelu_slope(float *x, float *slope, int64_t n, int w, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int part = 0; part < threads; part++)
+    for (int64_t i = n * part / threads * w; i < n * (part + 1) / threads * w; i += LANES) {
+      vec h = load(x, i, 0), half = 0.5f + 0.5f * erf_of(h);
+      vec own = half + 0.39894228f * h * exp_of(-0.5f * h * h);
+      store(slope, i, load(slope, i, 0) * own, 0);
+      store(x, i, h * half, 0);
+    }
 }
 
 /* add_norm: y (n, w) = LN(x + bias + residual) * weight + shift */

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 LANES = 16
-"""Widths must be multiples of it."""
+"""Widths must be multiples of it: what the widest registers hold."""
 
 SLICES = 16
 """Slices of a row that `mix` takes at most: they stay in registers."""
@@ -56,6 +56,7 @@ _ARGUMENTS = {
     "kronbert_spread": [_POINTER] * 3 + [_LONG] + [_INT] * 4,
     "kronbert_ffn_middle": [_POINTER] * 5 + [_LONG] + [_INT] * 6,
     "kronbert_bias_gelu": [_POINTER] * 2 + [_LONG] + [_INT] * 3,
+    "kronbert_gelu_slope": [_POINTER] * 2 + [_LONG] + [_INT] * 2,
     "kronbert_add_norm": [_POINTER] * 5 + [_FLOAT, _POINTER, _LONG] + [_INT] * 3,
     "kronbert_attention": [_POINTER] * 8 + [_LONG] + [_INT] * 4 + [_FLOAT, _INT, _INT],
     "kronbert_attention_backward": [_POINTER] * 8 + [_LONG] + [_INT] * 4 + [_FLOAT, _INT],
@@ -132,6 +133,12 @@ def bias_gelu_(x: Tensor, bias: Tensor | None) -> Tensor:
     n, w = x.shape
     _call("kronbert_bias_gelu", _at(x), _at(bias), n, w, *_how(x))
     return x
+
+
+def gelu_slope_(x: Tensor, slope: Tensor) -> None:
+    """``x = gelu(x)`` and ``slope = slope * gelu'(x)`` in place: both (n, w) float32."""
+    n, w = x.shape
+    _call("kronbert_gelu_slope", _at(x), _at(slope), n, w, torch.get_num_threads())
 
 
 def add_norm(

@@ -148,6 +148,18 @@ def test_add_norm_of_large_means_and_of_constants():
     torch.testing.assert_close(found, F.layer_norm(little, (16,), eps=1e-6))
 
 
+def test_gelu_and_its_slope():
+    x = torch.cat([torch.linspace(-12, 12, 4800), 5 * torch.randn(3184)]).view(-1, 16)
+    x[0, :5] = torch.tensor([0.0, -0.0, -40.0, 40.0, NAN])
+    slope = torch.randn_like(x)
+    exact = x.double().requires_grad_(True)
+    y = F.gelu(exact)
+    (wanted,) = torch.autograd.grad(y, exact, slope.double())
+    native.gelu_slope_(x, slope)
+    for found, own in ((x, y.detach()), (slope, wanted)):
+        torch.testing.assert_close(found.double(), own, rtol=1e-6, atol=2e-6, equal_nan=True)
+
+
 # Attention.
 
 
@@ -278,6 +290,9 @@ def everything(dtype, n):
             mask[..., n // 2 + 1 : n] = -INF
             slopes = native.attention_backward(y, y, y, mask, 4, 0.2, y)
             found |= zip(("dq", "dk", "dv"), slopes, strict=True)
+    if dtype == torch.float32:
+        found["gelu"], found["its slope"] = x.clone(), residual.clone()
+        native.gelu_slope_(found["gelu"], found["its slope"])
     return found
 
 
