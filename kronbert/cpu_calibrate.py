@@ -44,8 +44,8 @@ SAMPLE_S, SAMPLES = 4e-4, 5
 def calibrate(path: Path | None = None) -> Path:
     """Measure the tables and write them to ``path`` (default: `cache_file`); nothing else may run.
 
-    Returns the file. It is used by every later process with the same processor, number of threads
-    and torch."""
+    Returns the file. It is used by every later process with the same processor, number of threads,
+    torch and row kernels."""
     path = path or cache_file()
     found = {name: measure(dtype).to_json() for name, dtype in DTYPES.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def calibrate(path: Path | None = None) -> Path:
 
 
 def machine() -> dict[str, str | int]:
-    """What the times depend on: processor, its best instructions, threads, torch."""
+    """What the times depend on: processor, its best instructions, threads, torch, row kernels."""
     from .latency import cpu_name
 
     return {
@@ -65,6 +65,7 @@ def machine() -> dict[str, str | int]:
         "amx": bool(torch.cpu._is_amx_tile_supported()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "kernels": native.source(),
     }
 
 

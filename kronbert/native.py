@@ -88,6 +88,14 @@ def library() -> ctypes.CDLL | None:
     return built
 
 
+def source() -> str:
+    """Tells versions of the C code apart."""
+    here, key = Path(__file__).parent, hashlib.sha256()
+    for name in _SOURCES:
+        key.update((here / name).read_bytes())
+    return key.hexdigest()[:16]
+
+
 def mix(z: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``matrix · z + bias`` on every row: z (n, q, w), matrix (p, q) float32 -> (n, p * w)."""
     n, q, w = z.shape
@@ -238,9 +246,8 @@ def _build(compiler: str) -> Path:
     from .cpu_calibrate import cache_folder, machine
 
     here, of = Path(__file__).parent, machine()
-    key = hashlib.sha256(repr((compiler, FLAGS, WIDE, of["cpu"], of["instructions"])).encode())
-    for name in _SOURCES:
-        key.update((here / name).read_bytes())
+    parts = compiler, FLAGS, WIDE, of["cpu"], of["instructions"], source()
+    key = hashlib.sha256(repr(parts).encode())
     path = cache_folder() / f"native-{key.hexdigest()[:16]}.so"
     if path.is_file():
         return path

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kronbert import CheckpointError, KroneckerLinear, KroneckerShape, PlanError, cli, cpu
+from kronbert import CheckpointError, KroneckerLinear, KroneckerShape, PlanError, cli, cpu, native
 from kronbert import cpu_calibrate as calibration
 from kronbert.cpu_cost import PRIMITIVES, CostTable, load_tables, shipped_tables
 from kronbert.forms import DENSE
@@ -164,6 +164,13 @@ def test_another_machine_has_another_file(part, monkeypatch):
     monkeypatch.setattr(calibration, "machine", lambda: machine | {part: "another"})
     assert calibration.cache_file() != path
     assert calibration.cache_file().parent == path.parent
+
+
+def test_other_row_kernels_have_another_file(monkeypatch):
+    """Else the costs of slower ones would go on choosing forms without them."""
+    path = calibration.cache_file()
+    monkeypatch.setattr(native, "source", lambda: "another")
+    assert calibration.cache_file() != path
 
 
 def test_where_files_lie(monkeypatch, tmp_path):
