@@ -13,10 +13,10 @@ from kronbert import KroneckerLinear, NoMatchError, fuse, fused, unfuse
 
 
 @contextmanager
-def plain_attention(model: nn.Module) -> Iterator[None]:
+def plain_attention(model: nn.Module, *, autocast: bool = False) -> Iterator[None]:
     """Within it a model on a CPU computes attention by plain products instead of torch's
     `scaled_dot_product_attention`; the same numbers, to rounding. Not where a `kronbert.fuse`d one
-    without dropout has calls of its own.
+    has calls of its own: without ``autocast`` and dropout.
 
     torch 2.13's has a slow backward pass there, in bfloat16 above all: 103 ms a layer for 64
     sequences of 64 tokens and 12 heads of 32, so that a step of a MiniLM student took 1,339 ms and
@@ -26,7 +26,7 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
     on_cpu = not torch.cuda.is_available()
     own = fused(model)
     dropped = any(one.p for one in model.modules() if isinstance(one, nn.Dropout))
-    if own is not None and "qkv" in own.blocks.values() and not dropped:
+    if own is not None and "qkv" in own.blocks.values() and not (dropped or autocast):
         yield
         return
     if before != "sdpa" or not on_cpu or not hasattr(model, "set_attn_implementation"):

@@ -141,11 +141,12 @@ def run_stage(
             shutil.rmtree(path)  # cut off while it was written
     if last is not None and say is not None:
         say(f"resumed after step {_step(last)}")
+    autocast = args.bf16 or args.fp16
     with (
         own_forward(student),
         dropout_set_to(student, stage.dropout),
-        fused_layers(student, autocast=args.bf16 or args.fp16),
-        plain_attention(student),
+        fused_layers(student, autocast=autocast),
+        plain_attention(student, autocast=autocast),
     ):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not keep_last:

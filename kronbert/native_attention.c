@@ -7,7 +7,7 @@
 
 #define ROWS 6
 #define WIDE (LANES == 8 ? 2 : 4) /* ROWS * WIDE sums and a line of WIDE fit into the registers */
-#define STEP 16
+#define STEP 16 /* keys are padded to a multiple of it, whatever LANES is */
 
 /* c (ROWS, LANES * wide) = a (ROWS, k) . b (k, LANES * wide) */
 INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,

@@ -70,6 +70,8 @@ def test_a_fused_student_without_dropout_keeps_its_own_attention():
     with dropout_set_to(student, 0.0), fused_layers(student, autocast=False):
         with plain_attention(student):
             assert student.config._attn_implementation == "sdpa"
+        with plain_attention(student, autocast=True):  # our calls take float32 alone
+            assert student.config._attn_implementation == "eager"
     with fused_layers(student, autocast=False), plain_attention(student):  # dropout of 0.1
         assert student.config._attn_implementation == "eager"
     with dropout_set_to(student, 0.0), plain_attention(student):  # not fused
