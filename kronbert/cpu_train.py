@@ -9,6 +9,7 @@ tokens, 1.21 on 32 of 53, 1.27 on 32 of 128 as with PyTorch's GELU and attention
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,9 +134,29 @@ def attention(
         added = None if mask.requires_grad else MASKS.added(mask, *x.shape[:2])
         if added is None:
             return None
-    query, key, value = (functional.kron_linear(x, *linear) for linear in maps)
+    query, key, value = _maps(x, maps)
     found: Tensor = _Attention.apply(query, key, value, added, heads, scale)
     return found
+
+
+def _maps(x: Tensor, maps: tuple[Linear, Linear, Linear]) -> Iterable[Tensor]:
+    """The three maps of x (..., in). Of truncated SVDs one product with x gives all three small
+    sides, and one its gradient: on 1,664 rows, ranks 35, forward and backward of the three in 0.78
+    of the time of one by one (ranks 12 on 1,696 rows 0.69, ranks 35 on 4,096 rows 0.67; one thread
+    of an AMD EPYC (Zen 3) beside other work)."""
+    pairs = [(linear.a[0], linear.b[0]) for linear in maps]
+    rows = x.reshape(-1, x.shape[-1])
+    if any(len(linear.a) > 1 for linear in maps) or any(
+        cpu.choose((functional.shape_of(*pair),), x.dtype, len(rows), fresh=True) != (LOW_RANK,)
+        for pair in pairs
+    ):
+        return [functional.kron_linear(x, *linear) for linear in maps]
+    small = F.linear(rows, torch.cat([b[:, 0] for _, b in pairs]))
+    parts = small.split([len(b) for _, b in pairs], dim=1)
+    return [
+        F.linear(part, a[:, :, 0].T, linear.bias).view(*x.shape[:-1], -1)
+        for part, (a, _), linear in zip(parts, pairs, maps, strict=True)
+    ]
 
 
 class _Attention(torch.autograd.Function):

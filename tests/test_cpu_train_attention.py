@@ -121,6 +121,34 @@ def test_scores_are_not_kept():
     assert max(kept) <= 2 * tokens * 96  # scores: 2 * 3 * tokens * tokens = 2.1 times as many
 
 
+def inputs_kept(maps):
+    """How often the three maps keep x for the backward pass."""
+    x, kept = torch.randn(2, 150, WIDTH, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), id):
+        blocks.attention(x, *maps, 3, 0.2)
+    return kept.count(x.data_ptr())
+
+
+def test_truncated_svds_read_the_input_once():
+    ranks = [a_map(96, rank=rank) for rank in (5, 3, 8)]
+    assert inputs_kept(ranks) == 1
+    agrees(torch.randn(2, 150, WIDTH), ranks, 3, 0.2)
+
+
+def test_other_maps_read_it_one_by_one():
+    made = [torch.randn(2, 8, 8), torch.randn(2, 12, 12), torch.randn(96)]
+    product = Linear([made[0].requires_grad_(True)], [made[1].requires_grad_(True)], made[2])
+    one, other = a_map(96), a_map(96, rank=2)
+    two = Linear([one.a[0], other.a[0]], [one.b[0], other.b[0]], one.bias)
+    for odd in (product, two):
+        maps = [a_map(96), odd, a_map(96)]
+        assert inputs_kept(maps) > 1
+        x = torch.randn(2, 150, WIDTH)
+        expected = plain(x, *maps, 3, 0.2)
+        torch.testing.assert_close(blocks.attention(x, *maps, 3, 0.2), expected, rtol=1e-4,
+                                   atol=1e-4)  # fmt: skip
+
+
 def test_what_is_not_taken():
     maps, x = tuple(a_map(96) for _ in range(3)), torch.randn(2, 7, WIDTH)
 
