@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kronbert.errors import DataError, near
 from kronbert.planning import LayerSize, Plan
-from kronbert.row_ranks import FLAT_POWER, row_ranks
+from kronbert.row_ranks import FLAT_POWER, SHARED, row_ranks
 from kronbert.search import Candidate, pareto, predicted_loss, svd_rank
 from kronbert.shapes import Groups, KroneckerShape, divisors, low_rank
 
@@ -65,11 +65,13 @@ def uniform(plan: Plan) -> Plan:
     return at(high)
 
 
-def blocks(size: LayerSize, numbers: int, power: float = FLAT_POWER) -> Groups:
-    """Blocks of rows with ranks of their own; power: of the law by which words occur."""
+def blocks(
+    size: LayerSize, numbers: int, power: float = FLAT_POWER, shared: float = SHARED
+) -> Groups:
+    """Blocks of rows with ranks of their own; power, shared: see `row_ranks`."""
     fitting = [
         (kept, groups)
-        for groups, kept in row_ranks(size.out, size.inner, power)
+        for groups, kept in row_ranks(size.out, size.inner, power, shared)
         if sum(shape.parameters for shape in groups) <= numbers
     ]
     return max(fitting, key=lambda one: one[0])[1] if fitting else ()
@@ -81,8 +83,8 @@ def blocks_with(part: float) -> Choice:
 
 
 def blocks_by(power: float) -> Choice:
-    """`blocks` by another law, of the size they have."""
-    return lambda size, numbers: blocks(size, numbers, power)
+    """`blocks` by this law alone, of the size they have."""
+    return lambda size, numbers: blocks(size, numbers, power, shared=0.0)
 
 
 def one_rank(size: LayerSize, numbers: int) -> Groups:

@@ -39,6 +39,10 @@ of their answers from the teacher's at 8 times compression, MRPC 0.217 / 0.195 /
 1.268, MRPC 1.125 / 1.103 / 1.182, PAWS 1.422 / 1.379 / 1.489 (examples/results/structures.json).
 One rank for all: MRPC 1.382, PAWS 1.648."""
 
+SHARED = 0.5
+"""Of a table's numbers at least, what the rank that all rows share takes, whatever the law says: at
+19 times compression of MiniLM the law left it rank 1, so that a rare word had next to no vector."""
+
 CLOSENESS = (1.0, 1.4, 1.1, 1.0)
 """What is lost of a truncated SVD's law, to this power, is lost in each part: the most frequent
 words lie closer together. Kept of the first block at rank 64 / 128 / 256: 0.61 / 0.80 / 0.96, law
@@ -74,9 +78,12 @@ def shares_of(rows: int, power: float = POWER) -> tuple[float, ...]:
     return (1 - sum(blocks), *blocks)
 
 
-def row_ranks(rows: int, width: int, power: float = FLAT_POWER) -> Iterator[tuple[Groups, float]]:
+def row_ranks(
+    rows: int, width: int, power: float = FLAT_POWER, shared: float = SHARED
+) -> Iterator[tuple[Groups, float]]:
     """Groups of a (rows, width) table, one rank of one block more each time, and the predicted part
-    of its output that is kept. Each step adds the rank that keeps most per number, of words that
+    of its output that is kept. Each step adds to the rank that all rows share while that has less
+    than ``shared`` of the numbers, and else the rank that keeps most per number, of words that
     count by ``power``; what is kept counts them by `POWER`."""
     if rows < SMALLEST:
         return
@@ -89,7 +96,8 @@ def row_ranks(rows: int, width: int, power: float = FLAT_POWER) -> Iterator[tupl
         whole = [max(rank, ranks[0]) for rank in ranks]
         kept = [_kept(rank, width, close) for rank, close in zip(whole, CLOSENESS, strict=True)]
         together = sum(share * part for share, part in zip(shares, kept, strict=True))
-        yield _groups(rows, width, edges, whole), together
+        groups = _groups(rows, width, edges, whole)
+        yield groups, together
         gains = [
             share * (_kept(rank + 1, width, close) - now) / (size + width)
             for share, rank, now, size, close in zip(
@@ -97,6 +105,8 @@ def row_ranks(rows: int, width: int, power: float = FLAT_POWER) -> Iterator[tupl
             )
         ]
         best = max(range(len(gains)), key=gains.__getitem__)
+        if groups[0].parameters < shared * sum(shape.parameters for shape in groups):
+            best = 0
         if whole[best] >= width or gains[best] <= 0:
             return
         ranks[best] = whole[best] + 1

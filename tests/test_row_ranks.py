@@ -47,6 +47,16 @@ def test_ranks_fall_with_frequency():
         assert all(one.rank > after.rank for one, after in pairwise(blocks))
 
 
+@pytest.mark.parametrize("rows", [30522, 50265])
+def test_half_of_the_numbers_are_every_rows(rows):
+    for groups, _ in row_ranks(rows, 384):
+        used = sum(shape.parameters for shape in groups)
+        step = rows + 384  # of one rank for all rows, which the next step adds where it lacks
+        assert groups[0].parameters >= used / 2 - step
+    alone = [groups[0].rank for groups, _ in row_ranks(rows, 384, shared=0.0)]
+    assert alone[100] == 1  # the law by itself leaves rare words next to nothing
+
+
 def test_blocks_keep_more_than_one_rank_for_all_rows():
     numbers = 64 * (30522 + 384)
     _, kept = ranks_at(numbers)
