@@ -44,7 +44,14 @@ EARLIER = "earlier"
 """The tag of what were main runs until they were made anew: by word tables whose ranks followed
 i ** -0.75 and with positions fitted to data (kronbert's), and from another teacher (all kinds)."""
 
-BESIDE = dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER)
+LAW_ALONE = "law-alone"
+"""The tag of kronbert's main runs at 19x that were made anew once a table's shared rank had half of
+its numbers (`row_ranks.SHARED`): until then the law by itself left it rank 1."""
+
+BESIDE = {
+    **dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER),
+    **dict.fromkeys(("flat-table", "four-passes"), LAW_ALONE),
+}
 """Variant -> the tag of the runs that it is held against, where a task has runs of it: else, and
 for other variants, `MAIN`."""
 

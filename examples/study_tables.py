@@ -207,7 +207,8 @@ def _changes(results: Results, kind: str, factor: float, tag: str) -> str:
 
 
 def _changed(row: Mapping[str, Any], base: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """A run's changes; of whole stages only what the run of its seed in ``base`` has otherwise."""
+    """A run's changes; of whole stages only what the run of its seed in ``base`` has otherwise, but
+    for `Stage.cache_teacher`, which changes no result."""
     changes = dict(row["changes"])
     if "stages" not in changes or row["seed"] not in base:
         return changes
@@ -215,6 +216,7 @@ def _changed(row: Mapping[str, Any], base: Mapping[int, Mapping[str, Any]]) -> d
     for stage in changes.pop("stages"):
         before = usual.get(stage["name"], {})
         other = {key: value for key, value in stage.items() if before.get(key) != value}
+        other.pop("cache_teacher", None)
         changes |= {f"{stage['name']} {key}": value for key, value in other.items()}
     return changes
 

@@ -160,7 +160,7 @@ def test_agreement_with_the_teacher_is_averaged_over_seeds(modules, results):
 
 def test_a_variant_of_stages_says_what_differs(modules, results):
     usual = [{"name": "first", "epochs": 1.0, "batch_size": 64}, {"name": "last", "epochs": 0.5}]
-    other = [{**usual[0], "epochs": 2.0}, usual[1]]
+    other = [{**usual[0], "epochs": 2.0, "cache_teacher": True}, usual[1]]
     runs = [{**row, "stages": usual} for row in results.runs if row["tag"] == "main"]
     runs.append(result("sst2", "kronbert", 8.0, 2, 0.75, "long", changes={"stages": other}))
     told = modules.results.Results({**results.content, "runs": runs})
