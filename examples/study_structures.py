@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from kronbert.errors import DataError, near
 from kronbert.planning import LayerSize, Plan
@@ -78,8 +79,20 @@ def blocks(
 
 
 def blocks_with(part: float) -> Choice:
-    """`blocks` of another size; what that saves or costs, the layers get or pay."""
-    return lambda size, numbers: blocks(size, int(part * numbers))
+    """`blocks` of another size; what that saves or costs, the layers get or pay. One rank more for
+    all rows is a twentieth of a small table, so what the blocks leave over, the first one takes."""
+
+    def choice(size: LayerSize, numbers: int) -> Groups:
+        groups = blocks(size, int(part * numbers))
+        if len(groups) < 2:
+            return groups
+        shared, first, *others = groups
+        used = sum(shape.parameters for shape in groups)
+        more = (int(part * numbers) - used) // (first.a_out + first.b_in)
+        rank = min(first.rank + more, size.inner - shared.rank)
+        return (shared, replace(first, rank=rank), *others)
+
+    return choice
 
 
 def blocks_by(power: float) -> Choice:

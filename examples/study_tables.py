@@ -164,10 +164,10 @@ def ablations(results: Results) -> str:
     return "\n".join([*lines, "", _notes(results, tuple(tasks), SCORES)])
 
 
-def _place(tag: str) -> tuple[bool, bool, str]:
-    """Sorts variants of the main runs first, then those of earlier ones, below these."""
-    earlier = settings.EARLIER in (tag, settings.BESIDE.get(tag))
-    return earlier, tag != settings.EARLIER, tag
+def _place(tag: str) -> tuple[str, bool, str]:
+    """Sorts variants of the main runs first, then those of replaced ones, below these."""
+    replaced = tag if tag in settings.BESIDE.values() else settings.BESIDE.get(tag, "")
+    return replaced, tag != replaced, tag
 
 
 def _base(results: Results, kind: str, factor: float, task: str, tag: str) -> str:

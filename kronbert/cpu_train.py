@@ -23,6 +23,7 @@ from .forms import LOW_RANK
 
 if TYPE_CHECKING:
     from .blocks import Linear
+    from .shapes import KroneckerShape
 
 ROWS = 256
 """Rows of the hidden layer at a time. Rank 24, 384 -> 1,536 -> 384 on 1,696 rows, forward and
@@ -43,12 +44,19 @@ def ffn(x: Tensor, expand: Linear, contract: Linear) -> Tensor | None:
     rows = x.reshape(-1, x.shape[-1])
     if shapes[0].out_features != shapes[1].in_features or x.shape[-1] != shapes[0].in_features:
         return None  # for the plain call to refuse
-    if any(cpu.choose((s,), x.dtype, len(rows), fresh=True) != (LOW_RANK,) for s in shapes):
+    if not _low_rank(shapes, rows):
         return None
     (a, b), (last, down) = pairs
     z = middle(F.linear(rows, b[:, 0]), a[:, :, 0], expand.bias, down[:, 0])
     y = F.linear(z, last[:, :, 0].T, contract.bias)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _low_rank(shapes: Iterable[KroneckerShape], rows: Tensor) -> bool:
+    """Whether each of these maps of ``rows`` costs least by its small side."""
+    return all(
+        cpu.choose((shape,), rows.dtype, len(rows), fresh=True) == (LOW_RANK,) for shape in shapes
+    )
 
 
 def middle(z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
@@ -146,10 +154,8 @@ def _maps(x: Tensor, maps: tuple[Linear, Linear, Linear]) -> Iterable[Tensor]:
     of an AMD EPYC (Zen 3) beside other work)."""
     pairs = [(linear.a[0], linear.b[0]) for linear in maps]
     rows = x.reshape(-1, x.shape[-1])
-    if any(len(linear.a) > 1 for linear in maps) or any(
-        cpu.choose((functional.shape_of(*pair),), x.dtype, len(rows), fresh=True) != (LOW_RANK,)
-        for pair in pairs
-    ):
+    single = all(len(linear.a) == 1 for linear in maps)
+    if not (single and _low_rank([functional.shape_of(*pair) for pair in pairs], rows)):
         return [functional.kron_linear(x, *linear) for linear in maps]
     small = F.linear(rows, torch.cat([b[:, 0] for _, b in pairs]))
     parts = small.split([len(b) for _, b in pairs], dim=1)

@@ -136,17 +136,15 @@ def test_truncated_svds_read_the_input_once():
 
 
 def test_other_maps_read_it_one_by_one():
-    made = [torch.randn(2, 8, 8), torch.randn(2, 12, 12), torch.randn(96)]
-    product = Linear([made[0].requires_grad_(True)], [made[1].requires_grad_(True)], made[2])
+    made = [torch.randn(2, 8, 8) / 8**0.5, torch.randn(2, 12, 12) / 12**0.5, torch.randn(96)]
+    a, b, bias = (tensor.requires_grad_(True) for tensor in made)
+    product = Linear([a], [b], bias)
     one, other = a_map(96), a_map(96, rank=2)
     two = Linear([one.a[0], other.a[0]], [one.b[0], other.b[0]], one.bias)
     for odd in (product, two):
         maps = [a_map(96), odd, a_map(96)]
         assert inputs_kept(maps) > 1
-        x = torch.randn(2, 150, WIDTH)
-        expected = plain(x, *maps, 3, 0.2)
-        torch.testing.assert_close(blocks.attention(x, *maps, 3, 0.2), expected, rtol=1e-4,
-                                   atol=1e-4)  # fmt: skip
+        agrees(torch.randn(2, 150, WIDTH), maps, 3, 0.2)
 
 
 def test_what_is_not_taken():

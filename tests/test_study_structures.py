@@ -85,13 +85,20 @@ def test_layers_change_and_tables_stay(study, plan, name, groups):
 def test_what_a_table_of_another_size_saves_the_layers_get(study, plan, name, part):
     found = study.restructured(plan, name)
     (before,), (table,) = (layers_of(one, ("embedding",)) for one in (plan, found))
-    step = table.size.out + table.size.inner  # of one rank for all rows
-    assert part * before.weights - step < table.weights <= part * before.weights
+    assert 0.97 * part * before.weights < table.weights <= part * before.weights
     assert len(table.groups) > 1  # blocks of rows
     was, now = (
         [layer.groups[0].rank for layer in layers_of(one, ("linear",))] for one in (plan, found)
     )
     assert all((b > a) == (part < 1) for a, b in zip(was, now, strict=True))
+
+
+def test_a_law_by_itself_is_free_of_the_planners_share(study, plan):
+    size = layers_of(plan, ("embedding",))[0].size
+    _, by_law = study.STRUCTURES["table by i ** -0.5"]
+    assert by_law(size, 400_000)[0].rank == 1
+    shared, *others = study.blocks(size, 400_000)
+    assert shared.rank > 1 and others
 
 
 @pytest.mark.parametrize("name", ["one-rank table", "1 x n table"])
