@@ -80,17 +80,18 @@ def blocks(
 
 def blocks_with(part: float) -> Choice:
     """`blocks` of another size; what that saves or costs, the layers get or pay. One rank more for
-    all rows is a twentieth of a small table, so what the blocks leave over, the first one takes."""
+    all rows is a twentieth of a small table, so the block of the highest rank takes what is left
+    over."""
 
     def choice(size: LayerSize, numbers: int) -> Groups:
         groups = blocks(size, int(part * numbers))
         if len(groups) < 2:
             return groups
-        shared, first, *others = groups
         used = sum(shape.parameters for shape in groups)
+        first = max(groups[1:], key=lambda shape: shape.rank)
         more = (int(part * numbers) - used) // (first.a_out + first.b_in)
-        rank = min(first.rank + more, size.inner - shared.rank)
-        return (shared, replace(first, rank=rank), *others)
+        rank = min(first.rank + more, size.inner - groups[0].rank)
+        return tuple(replace(one, rank=rank) if one is first else one for one in groups)
 
     return choice
 
