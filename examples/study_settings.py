@@ -48,6 +48,11 @@ LAW_ALONE = "law-alone"
 """The tag of kronbert's main runs at 19x that were made anew once a table's shared rank had half of
 its numbers (`row_ranks.SHARED`): until then the law by itself left it rank 1."""
 
+FROM_SIGNS = "from-signs"
+"""The tag of kronbert's main runs that were made anew once a word table's blocks began at its words
+(`row_ranks.FIRST_WORD`): until then half of the first one's rows were characters of other scripts,
+and signs had no block of their own."""
+
 BESIDE = {
     **dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER),
     **dict.fromkeys(("flat-table", "four-passes"), LAW_ALONE),

@@ -123,7 +123,7 @@ def test_plan_is_readable_at_80_columns(minilm_path, monkeypatch):
     shapes = [line.strip() for line in lines if line.strip().startswith("+")]
     assert "+ svd(3)" in shapes  # of the values
     blocks = [shape for shape in shapes if re.fullmatch(r"\+ svd\(\d+\) \d+-\d+", shape)]
-    assert len(blocks) == len(shapes) - 1 == 3
+    assert len(blocks) == len(shapes) - 1 == 4
     assert any("rows only" in line for line in lines)
 
 

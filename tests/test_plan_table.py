@@ -90,7 +90,7 @@ def test_plans_by_factor_fit(factor, width):
     assert max(map(len, text.splitlines())) <= width
     assert shown(text)[1]
     table = next(layer for layer in plan.layers if layer.size.name == WORD)
-    assert len(table.groups) == 4
+    assert len(table.groups) == 5
     for shape in table.groups[1:]:
         last = shape.start + shape.a_out - 1
         assert re.search(rf"^ +\+ svd\({shape.rank}\) {shape.start}-{last}$", text, re.MULTILINE)
