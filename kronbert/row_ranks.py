@@ -3,9 +3,9 @@
 Word pieces lie in their vocabulary roughly by frequency, and a text consists mostly of the first
 few thousand. A truncated SVD gives all rows one rank; here blocks of rows get ranks of their own,
 on top of one that all rows share (Chen et al. 2018, GroupReduce; Baevski and Auli 2019, section 3).
-At 1.58 M numbers for MiniLM's 30,522 x 384 table (one truncated SVD: rank 51) the lost part of its
-output, over the words of English Wikipedia, falls from 0.49 to 0.28, and over those of the
-training sets of SST-2, MRPC, RTE, CoLA and STS-B from 0.50-0.54 to 0.29-0.33
+At 1.49 M numbers for MiniLM's 30,522 x 384 table (one truncated SVD: rank 48) the lost part of its
+output, over the words of English Wikipedia, falls from 0.50 to 0.26, and over those of the
+training sets of SST-2, MRPC, RTE, CoLA and STS-B from 0.52-0.56 to 0.26-0.32
 (examples/results/tables.json).
 """
 
@@ -33,8 +33,8 @@ of the tokens of GLUE's training sets."""
 
 EDGES = (0.0, 1 / 40, 1 / 12, 1 / 4)
 """Where blocks begin and end, as parts of the rows that hold words; the rest has no block. With
-0, 1/15, 1/6, 3/8 MiniLM's table at 19 times compression loses 0.410 of its output on English
-Wikipedia, with these 0.394."""
+0, 1/15, 1/6, 3/8 MiniLM's table of 0.62 M numbers loses 0.410 of its output on English Wikipedia,
+with these 0.394; at 1.58 M 0.250 and 0.242."""
 
 OFFSET, POWER = 50.0, 0.75
 """Word i from the first on counts (i + OFFSET) ** -POWER times, flatter than it occurs: rare words
@@ -44,11 +44,12 @@ blocks, the law's 0.24 / 0.16 / 0.20."""
 
 FLAT_POWER = 0.5
 """What takes `POWER`'s place where ranks are shared out among the blocks: words count flatter still
-than for what is kept. Students of equal size after equal short training, by 0.75 / 0.5 / 0.25: KL
-of their answers from the teacher's at 8 times compression, MRPC 0.217 / 0.195 / 0.223, PAWS 0.209 /
-0.145 / 0.148; hidden states off at 19 times, SST-2 1.020 / 1.016 / 1.022, IMDb 1.184 / 1.158 /
-1.268, MRPC 1.125 / 1.103 / 1.182, PAWS 1.422 / 1.379 / 1.489 (examples/results/structures.json).
-One rank for all: MRPC 1.382, PAWS 1.648."""
+than for what is kept. Students of equal size after equal short training, with blocks of rows from
+the first sign on (edges 0, 1/15, 1/6, 3/8; offset 200), by 0.75 / 0.5 / 0.25: KL of their answers
+from the teacher's at 8 times compression, MRPC 0.217 / 0.195 / 0.223, PAWS 0.209 / 0.145 / 0.148;
+hidden states off at 19 times, SST-2 1.020 / 1.016 / 1.022, IMDb 1.184 / 1.158 / 1.268, MRPC 1.125 /
+1.103 / 1.182, PAWS 1.422 / 1.379 / 1.489 (examples/results/structures.json). One rank for all: MRPC
+1.382, PAWS 1.648."""
 
 SHARED = 0.5
 """Of a table's numbers at least, what the rank that all rows share takes, whatever the law says.
@@ -58,7 +59,7 @@ no vector, and has 10. By the whole recipe SST-2 is at 86.8 (two seeds by the la
 CoLA at 26.4 (23.5), KL 0.164 (0.183). By i ** -0.25, which gives all rows half as well, SST-2 at
 86.7, 0.135, 78.0; MRPC's F1 81.1 (80.4), KL 0.273 (0.267), PAWS 60.5 (59.3)
 (examples/results/glue_study.json, `law-alone` and `flat-table`).
-At 8 times compression of MiniLM and 17 of BERT-base the law gives half by itself."""
+At 8 times compression of MiniLM and 19 of BERT-base the law gives half by itself."""
 
 CLOSENESS = (1.0, 1.65, 1.25, 1.07)
 """What is lost of a truncated SVD's law, to this power, is lost in each part: the most frequent
