@@ -6,7 +6,8 @@ Every student is fitted to the same training rows and then learns the same rows 
 by the library's recipe cut short: the teacher's hidden states, its answers in the last fifth. How
 far its hidden states and answers are from the teacher's is measured on dev rows, and on texts of
 another origin where the task has them. --teachers: an --output of glue_study.py. Each student is a
-folder below --output; several processes may work on different tasks (--tasks).
+folder below --output; several processes may work on different tasks (--tasks). --results keeps the
+rows that it has.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
+    rows_of(Path(options.results), options.tokens)
     torch.set_num_threads(options.threads)
     datasets.disable_progress_bars()
     options.limit, options.text, options.ood_limit = None, None, MEASURED
@@ -183,14 +185,41 @@ def some_rows(data: TaskData, tokens: int) -> TaskData:
 
 
 def collect(output: Path, results: Path, tokens: int) -> None:
-    """Every student that is done, in one file."""
-    rows = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/row.json"))]
+    """Every student that is done, beside those of a JSON of earlier: folders do not last, rows do.
+
+    A row takes the place of an earlier one of the same task, factor, structure and seed."""
+    found = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/row.json"))]
+    rows = list({key_of(row): row for row in (*rows_of(results, tokens), *found)}.values())
     order = list(STRUCTURES)
     rows.sort(key=lambda row: (row["factor"], row["task"], order.index(row["structure"]),
                                row["seed"]))  # fmt: skip
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    told = json.dumps(f"{COMMAND} --tokens {tokens}")
+    told = json.dumps(command(tokens))
     write_whole(results, f'{{\n "command": {told},\n "rows": [\n  {lines}\n ]\n}}\n')
+
+
+def rows_of(results: Path, tokens: int) -> list[dict[str, Any]]:
+    """Those of a JSON of earlier. SystemExit if its students learnt from more tokens, or fewer."""
+    if not results.is_file():
+        return []
+    before = json.loads(results.read_text())
+    if before["command"] != command(tokens):
+        raise SystemExit(
+            f"{results}: its rows are of {before['command']!r}. Students of other --tokens do not "
+            "compare: give other --results."
+        )
+    found: list[dict[str, Any]] = before["rows"]
+    return found
+
+
+def command(tokens: int) -> str:
+    """What the JSON records."""
+    return f"{COMMAND} --tokens {tokens}"
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What no two rows of the table share."""
+    return row["task"], row["factor"], row["structure"], row["seed"]
 
 
 if __name__ == "__main__":

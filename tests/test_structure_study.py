@@ -68,8 +68,35 @@ def test_students_of_one_size_learn_the_same_rows(study, command, monkeypatch, t
     assert len(list((tmp_path / "own/sst2/teacher").glob("*-states.npy"))) == 1
     run(study, command, monkeypatch, "--structures", *names)
     assert len(seen) == 4
+    with pytest.raises(SystemExit, match="--tokens do not compare"):
+        run(study, command, monkeypatch, "--structures", "uniform", "--tokens", "500")
+    assert len(seen) == 4
     head, _, first, *_ = study.stage1_tables.structures(tmp_path / "found.json").splitlines()
     assert head.endswith("| MFLOPs per token | sst2 | sst2, outside |")
     own = rows["planned"]["dev"]
     expected = f"{100 * own['accuracy']:.1f}; {own['kl']:.3f}; {own['hidden']:.3f}"
     assert first.split(" | ")[4] == expected
+
+
+def test_rows_are_added_to_those_of_earlier(study, tmp_path):
+    """A row made anew takes its place; students that learnt from more tokens are refused."""
+
+    def row(name, seed, score):
+        return {"task": "sst2", "factor": 8.0, "structure": name, "seed": seed, "score": score}
+
+    def collected(folder, *rows, tokens=400):
+        for place, one in enumerate(rows):
+            path = tmp_path / folder / "sst2" / str(place) / "row.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(one))
+        study.structure_study.collect(tmp_path / folder, results, tokens)
+        return json.loads(results.read_text())["rows"]
+
+    results = tmp_path / "found.json"
+    first = [row("planned", 42, 1), row("uniform", 42, 2)]
+    assert collected("a", *first[::-1]) == first
+    more = [row("uniform", 42, 3), row("planned", 43, 4)]
+    assert collected("b", *more) == [first[0], more[1], more[0]]
+    with pytest.raises(SystemExit, match="--tokens do not compare"):
+        collected("c", tokens=500)
+    assert collected("d") == [first[0], more[1], more[0]]
