@@ -98,9 +98,11 @@ def test_a_small_table_has_no_blocks():
 
 
 @pytest.mark.parametrize(
-    ("law", "half"), [({"power": POWER, "shared": 0.0}, 0.0), ({}, 0.5)], ids=["law", "planner"]
+    ("law", "half", "lost"),
+    [({"power": POWER, "shared": 0.0}, 0.0, 0.005), ({}, 0.5, 0.01)],
+    ids=["law", "planner"],
 )
-def test_the_path_is_as_good_as_any_ranks_of_its_size(law, half):
+def test_the_path_is_as_good_as_any_ranks_of_its_size(law, half, lost):
     """Against all ranks on a grid, the planner's against those that give all rows half: adding one
     by one loses next to nothing."""
     rows, width = 4096, 32
@@ -115,7 +117,7 @@ def test_the_path_is_as_good_as_any_ranks_of_its_size(law, half):
                 best = max(best, kept_by(ranks, shares, width))
         path = row_ranks(rows, width, **law)
         fitting = [k for groups, k in path if sum(s.parameters for s in groups) <= numbers]
-        assert max(fitting) > best - 0.01
+        assert max(fitting) > best - lost
 
 
 def kept_by(ranks, shares, width):
