@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="hub name or folder of the base encoder")
     add("--data-dir", help="GLUE folders; without it the hub")
     add("--ood-dir", help="imdb/test.tsv and paws_wiki/dev.tsv (or .gz, .xz): scored as well")
+    add("--snli-dir", help="SNLI's train.* and dev.*: MNLI's teacher learns from its rows as well")
     add("--ood-limit", type=int, default=2000, help="rows of each, evenly spaced")
     add("--output", default="runs/study", help="one folder per run")
     add("--tasks", nargs="+", default=[*settings.FULL, *settings.PARTIAL])

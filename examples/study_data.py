@@ -20,7 +20,7 @@ from kronbert.distill import (
     unlabelled_text,
     with_unlabelled,
 )
-from kronbert.distill.data import TaskData
+from kronbert.distill.data import TaskData, load_folder
 from kronbert.distill.recipes.kronbert import tokens_wanted
 from kronbert.distill.text import read_table
 from kronbert.errors import DataError
@@ -68,6 +68,14 @@ class Rows:
         own = (training.splice, training.augment)
         return self._tokens(task, *own, training.text_rows, transfer)
 
+    def of_teacher(self, task: str) -> TaskData:
+        """The rows that the task's teacher learns from: MNLI's and those of --snli-dir, if any."""
+        folder = self.options.snli_dir
+        if task not in settings.WITH_SNLI or folder is None:
+            return self.tokens(task)
+        data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
+        return tokenize(with_labelled(data, folder), self.tokenizer)
+
     def text(self, data: TaskData, sentences: int) -> Any:
         if not sentences:
             return ()
@@ -91,6 +99,28 @@ class Rows:
 def rows_of(stage: Stage, data: TaskData) -> TaskData:
     """``data`` without the rows that have no label, for a stage that reads labels."""
     return data if stage.objective.label_tap is None else replace(data, unlabelled=None)
+
+
+def with_labelled(data: TaskData, folder: str) -> TaskData:
+    """``data`` with the training rows of another folder behind its own: the same columns and
+    classes, else `DataError`."""
+    task = data.task
+    other = load_folder(folder, text=task.text, label=task.label)
+    names = other.task.labels or ()
+    if unknown := [name for name in names if task.encode(name) is None] or not names:
+        raise DataError(
+            f"{folder}: labels {unknown if names else 'are numbers'}, but {task.name!r} has "
+            f"{task.labels}."
+        )
+    codes = [task.encode(name) for name in names]
+    told = [codes[label] for label in other.train[task.label]]
+    more = datasets.Dataset.from_dict(
+        {**{name: other.train[name] for name in task.text}, task.label: told},
+        features=data.train.features,
+    )
+    train = datasets.concatenate_datasets([data.train, more])
+    source = f"{data.source}; {other.source.split(',')[0]}"
+    return replace(data, train=train, source=source)
 
 
 def outside_of(task: Any, folder: str, limit: int) -> TaskData:

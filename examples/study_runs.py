@@ -106,6 +106,8 @@ class Study:
             "seed": run.seed,
         }
         if run.kind == "teacher":
+            if run.task in settings.WITH_SNLI and self.options.snli_dir is not None:
+                told["snli"] = True
             return {**told, "seed": self.teacher_seed(run.task), **settings.teacher_of(run.task)}
         training = settings.training_of(run.task, self.changes).to_dict()
         return {**told, "training": training, "changes": self.changes}
@@ -132,7 +134,7 @@ class Study:
 
     def _teacher(self, run: Run) -> dict[str, Any]:
         folder, row = run.folder(self.output), settings.teacher_of(run.task)
-        data = self.rows.tokens(run.task)
+        data = self.rows.of_teacher(run.task)
         start = row.pop("start")
         stage = Stage(name="teacher", objective=labels_only(), **row)
         set_seed(stage.seed)  # of the new head

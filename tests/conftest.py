@@ -292,7 +292,7 @@ PLAIN = ["the", "a", "soup", "room", "film", "was", "and", "it"]
 
 @pytest.fixture(scope="session")
 def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sst2 and mnli (named a subset) in folders, and an out-of-distribution set."""
+    """sst2 and mnli (named a subset) in folders, SNLI, and an out-of-distribution set."""
     root, rng = tmp_path_factory.mktemp("glue"), random.Random(0)
 
     def sentence(good: object) -> str:
@@ -311,6 +311,9 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train_subset", "dev_matched", "dev_mismatched"):
         pairs = [(sentence(i % 2), sentence(i % 3), labels[i % 3]) for i in range(36)]
         write(root / "glue/mnli" / f"{name}.tsv", ("premise", "hypothesis", "label"), pairs)
+    for name in ("train", "dev"):  # SNLI's columns and classes
+        pairs = [(sentence(i % 2), sentence(i % 3), sorted(labels)[i % 3]) for i in range(21)]
+        write(root / "snli" / f"{name}.tsv", ("premise", "hypothesis", "label"), pairs)
     rows = [(sentence(i < 10), str(int(i < 10))) for i in range(20)]
     write(root / "ood/imdb/test.tsv", ("text", "label"), rows)
     return root

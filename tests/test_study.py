@@ -9,6 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from kronbert.distill import load_task
 from kronbert.distill.recipes.kronbert import task_stages
 from kronbert.errors import DataError, DistillError
 from kronbert.job_models import open_model
@@ -265,6 +266,35 @@ def test_teacher_and_student_go_on_from_another_task(modules, options, monkeypat
     options.seeds = [2]
     with pytest.raises(DistillError, match=r"goes on from mnli: kronbert.*not there"):
         made(modules, options)
+
+
+def test_mnli_s_teacher_learns_from_snli_as_well(modules, options, glue):
+    options.tasks, options.students, options.snli_dir = ["mnli"], [], str(glue / "snli")
+    row = made(modules, options)["teacher"]
+    assert row["rows"] == 36 + 21
+    assert row["data"].endswith("dev_mismatched.tsv; snli/train.tsv")
+    assert row["asked"]["snli"] is True
+    rows = modules.runs.Study(options).rows
+    train, own = rows.of_teacher("mnli").train, rows.tokens("mnli").train
+    assert train[:36] == own[:36]  # and classes by their names, which SNLI's file sorts otherwise
+    assert train["labels"][36:] == [(2, 0, 1)[i % 3] for i in range(21)]
+    assert len(rows.of_teacher("sst2").train) == 64
+    options.snli_dir = None
+    with pytest.raises(DistillError, match=r"made with other settings \(snli\)"):
+        made(modules, options)
+    options.snli_dir = str(glue / "glue/sst2")
+    with pytest.raises(DataError, match="premise"):
+        rows.of_teacher("mnli")
+
+
+def test_rows_of_other_classes_are_refused(modules, options, glue, tmp_path):
+    data = modules.data.Rows(options, None)
+    mnli = load_task("mnli", data_dir=data.options.data_dir)
+    for name in ("train", "dev"):
+        lines = (glue / "snli" / f"{name}.tsv").read_text()
+        (tmp_path / f"{name}.tsv").write_text(lines.replace("neutral", "unclear"))
+    with pytest.raises(DataError, match=r"labels \['unclear'\], but 'mnli' has \('entailment'"):
+        modules.data.with_labelled(mnli, str(tmp_path))
 
 
 def test_a_variant_of_the_last_stage_goes_on_from_before_it(modules, options, counted):
