@@ -75,7 +75,7 @@ def test_report_and_pictures_are_there(finished):
     kept = f"keeps {100 * content['retention']:.1f} % of the accuracy on validation"
     assert re.search(rf"is 3\.8 times smaller .* (faster|slower) at batch 1; it {kept}", text)
     assert "teacher: 3 epochs at 0.003, batch 16, up to 64 tokens; interm" in text
-    assert "intermediate: 2.67 epochs at 0.003, batch 16, up to 64 tokens; task: 1.33 e" in text
+    assert "intermediate: 3.2 epochs at 0.003, batch 16, up to 64 tokens; task: 0.8 ep" in text
     assert "tiny/tiny-bert" not in text  # where it lies is nobody's business
     assert "tiny-bert on moods" in text
     for name in ("learning_curve", "size_speed_score", "error_per_layer"):
@@ -287,7 +287,7 @@ def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
         parts = (tokens.train, tokens.unlabelled or ())
         held = sum(len(row["input_ids"]) for part in parts for row in part)
         assert 0.9 * max(wanted, own) < held < 1.1 * max(wanted, own)
-    assert len(more_rows(data, settings, 10**6, tokenizer, table).unlabelled) == 34 * 256
+    assert len(more_rows(data, settings, 10**6, tokenizer, table).unlabelled) == 20 * 256
     short = replace(settings, max_length=4)
     assert len(more_rows(data, short, 4 * 256 + 8, tokenizer, table).unlabelled) == 2
     assert more_rows(data, replace(settings, splice=0), 10**6, tokenizer, table) is data
