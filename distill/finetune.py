@@ -45,6 +45,9 @@ CURVE_ROWS = 2000
 """Rows of the dev set in each of these evaluations, at most: MiniLM took 192 s for MNLI's 9,815 on
 one core of an AMD EPYC, beside other work, and would take them ten times. `evaluate` takes all."""
 
+PREPARED = "_is_accelerate_prepared"
+"""accelerate's mark on a model whose ``forward`` it has wrapped; it wraps none twice."""
+
 CACHE = "teacher-outputs"
 """The folder of `teacher_cache`, beside that of a run."""
 
@@ -197,9 +200,11 @@ def _taught(
 @contextmanager
 def own_forward(model: nn.Module) -> Iterator[None]:
     """Afterwards ``model`` computes as before: accelerate leaves its autocast around ``forward``,
-    and scores, fits and calibrations that follow would round to bf16."""
-    names = ("forward", "_original_forward")
+    and scores, fits and calibrations that follow would round to bf16. It also marks the model, and
+    passes over a marked one: the mark goes first, or a second stage would have no autocast."""
+    names = ("forward", "_original_forward", PREPARED)
     before = {name: vars(model)[name] for name in names if name in vars(model)}
+    vars(model).pop(PREPARED, None)
     try:
         yield
     finally:

@@ -285,3 +285,18 @@ def test_a_stage_in_bf16_leaves_the_model_its_own_forward(tiny_bert, rows, token
         after = answers(model, rows, tokenizer)[name].predictions
         assert np.array_equal(after, dev.predictions)
     assert "forward" not in vars(model)
+
+
+def test_every_stage_in_bf16_trains_under_autocast(tiny_bert, rows, tokenizer, tmp_path):
+    """accelerate marks the model of the first one, and wraps no marked one."""
+    model = model_of(tiny_bert)
+    seen = []
+    model.classifier.register_forward_hook(
+        lambda layer, given, out: seen.append(out.dtype) if model.training else None
+    )
+    for number, precision in enumerate(("bf16", "bf16", "fp32", "bf16")):
+        seen.clear()
+        run_stage(model, None, replace(STAGE, epochs=0.2), rows, tmp_path / str(number),
+                  tokenizer=tokenizer, precision=precision)  # fmt: skip
+        assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert finetune.PREPARED not in vars(model)
