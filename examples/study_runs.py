@@ -130,7 +130,8 @@ class Study:
         about: dict[str, Any] = {"task": run.task, "student": run.kind}
         if run.kind != "teacher":
             about |= {"factor": run.factor, "seed": run.seed, "tag": run.tag}
-        return {**about, **provenance(self.options.commit)}
+        precision = "bf16" if use_bf16("auto") else "fp32"
+        return {**about, **provenance(self.options.commit), "precision": precision}
 
     def _teacher(self, run: Run) -> dict[str, Any]:
         folder, row = run.folder(self.output), settings.teacher_of(run.task)

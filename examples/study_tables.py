@@ -334,6 +334,10 @@ def _commonest_cell(results: Results, task: str, score: float | None) -> str:
     return _percent(score)
 
 
+def _machine(row: dict[str, Any]) -> str:
+    return str(row["machine"]) + (", bf16 autocast" if row.get("precision") == "bf16" else "")
+
+
 def _notes(results: Results, tasks: tuple[str, ...], sets: str, mean: bool = False) -> str:
     """Where the figures come from: data, seeds, machines, versions and commits."""
     teachers = [row for row in results.every_teacher if row["task"] in tasks]
@@ -357,7 +361,7 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str, mean: bool = Fal
         + (" Deviations of the mean are those of the tasks, taken as independent." * mean),
         f"Data: {_list(rows, lambda row: _files(row.get(data)))}.",
         f"Started from: {', '.join(starts) or 'no stage-1 student'}.",
-        f"Machines: {_list(rows, lambda row: row['machine'])}; torch "
+        f"Machines: {_list(rows, _machine)}; torch "
         f"{_list(rows, lambda row: row['versions']['torch'])}, transformers "
         f"{_list(rows, lambda row: row['versions']['transformers'])}; commits "
         f"{_list(rows, lambda row: row['commit'][:8])}.",

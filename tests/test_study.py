@@ -10,6 +10,7 @@ import torch
 from filelock import FileLock
 
 from kronbert.distill import load_task
+from kronbert.distill.finetune import use_bf16
 from kronbert.distill.recipes.kronbert import task_stages
 from kronbert.errors import DataError, DistillError
 from kronbert.job_models import open_model
@@ -73,6 +74,7 @@ def test_a_run_is_made_once_and_says_where_it_comes_from(modules, options, glue,
     assert row["data"] == "sst2/train.tsv, dev.tsv"
     assert not row["subset"]
     assert not row["resumed"]
+    assert row["precision"] == ("bf16" if use_bf16("auto") else "fp32")
     assert len(row["history"]) >= 4
     folder = Path(options.output) / "sst2/main/kronbert-3-seed1"
     assert not (folder / "run").exists()

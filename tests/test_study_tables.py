@@ -54,6 +54,10 @@ def test_table_shows_means_and_what_is_missing(modules, results):
     said = modules.tables.full_tasks(results)
     assert said.count("Without a run yet at factor 8: kronbert from a student of general") == 1
     assert said.endswith("; dense, two narrow layers.")
+    assert "Machines: a chip; torch 2" in said
+    results.runs[0]["precision"] = "bf16"
+    both = modules.tables.full_tasks(results)
+    assert "Machines: a chip; a chip, bf16 autocast; torch 2" in both
     empty = modules.results.Results({"limit": None, "teachers": [], "runs": []})
     assert modules.tables.full_tasks(empty) == "not measured"
     assert modules.tables.subsets(results) == "not measured"
