@@ -334,7 +334,7 @@ def _commonest_cell(results: Results, task: str, score: float | None) -> str:
     return _percent(score)
 
 
-def _machine(row: dict[str, Any]) -> str:
+def _machine(row: Mapping[str, Any]) -> str:
     return str(row["machine"]) + (", bf16 autocast" if row.get("precision") == "bf16" else "")
 
 
