@@ -14,6 +14,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import importlib
 import importlib.util
+import json
 import random
 from argparse import Namespace
 from collections import Counter
@@ -331,3 +332,32 @@ def modules() -> Iterator[Namespace]:
         yield Namespace(**found)
         for name in (*names, "glue_study"):
             sys.modules.pop(name)
+
+
+@pytest.fixture
+def options(tiny_bert, glue, tmp_path, modules, monkeypatch):
+    """Of the GLUE study: one small student of one task."""
+    from tests.small_study import SMALL
+
+    monkeypatch.setitem(modules.settings.TEACHER, "epochs", 1)
+    monkeypatch.setattr(modules.settings, "FULL", ("sst2",))
+    changes = tmp_path / "stage.json"
+    changes.write_text(json.dumps(SMALL))
+    words = ["--model", tiny_bert, "--data-dir", glue / "glue", "--output", tmp_path / "out"]
+    words += ["--tasks", "sst2", "--factors", 3, "--seeds", 1, "--students", "kronbert"]
+    words += ["--stage", changes, "--tag", "main", "--stage1", "none"]
+    return modules.main.parser().parse_args([str(word) for word in words])
+
+
+@pytest.fixture
+def counted(modules, monkeypatch):
+    """Every stage that is trained: its name."""
+    seen = []
+    real = modules.runs.run_stage
+
+    def counting(student, teacher, stage, *rest, **more):
+        seen.append(stage.name)
+        return real(student, teacher, stage, *rest, **more)
+
+    monkeypatch.setattr(modules.runs, "run_stage", counting)
+    return seen
