@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import stage1_tables  # type: ignore[import-not-found]
+import study_picture  # type: ignore[import-not-found]
 import study_tables as study  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +116,9 @@ def main() -> None:
             path.write_text(after)
     if "--check" in sys.argv:
         return
-    study.retention_picture(study.read(RESULTS / "glue_study.json"), ROOT / "docs/retention.png")
+    study_picture.retention_picture(
+        study.read(RESULTS / "glue_study.json"), ROOT / "docs/retention.png"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables and the picture of the GLUE study, from the JSON that its --collect wrote."""
+"""The tables of the GLUE study, from the JSON that its --collect wrote."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import study_settings as settings  # type: ignore[import-not-found]
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from study_results import Results, Spread, score_of  # type: ignore[import-not-found]
-
-from kronbert.pictures import COLOURS, MARKERS, STYLE, WIDTH
 
 NONE = "not measured"
 SCORES, OUTSIDE = "scores", "outside"
@@ -219,45 +213,6 @@ def _changed(row: Mapping[str, Any], base: Mapping[int, Mapping[str, Any]]) -> d
         other.pop("cache_teacher", None)
         changes |= {f"{stage['name']} {key}": value for key, value in other.items()}
     return changes
-
-
-def retention_picture(results: Results, path: Path) -> bool:
-    """Mean of student / teacher over the five full tasks against the factor, one line per kind,
-    whiskers of one standard deviation over seeds, where every task has several. False: nothing to
-    draw, no picture."""
-    lines = {}
-    for kind, title in settings.KINDS.items():
-        points = [(f, results.mean_retained(kind, f)) for f in results.factors()]
-        known = [(f, spread) for f, spread in points if spread is not None]
-        if known:
-            lines[title.replace("**", "")] = known
-    if not lines:
-        return False
-    with matplotlib.rc_context(), matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.6), dpi=144, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for index, (title, known) in enumerate(lines.items()):
-            axes.errorbar(
-                [factor for factor, _ in known],
-                [100 * spread.mean for _, spread in known],
-                yerr=[100 * (spread.spread or 0.0) for _, spread in known],
-                label=title,
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
-                capsize=3,
-            )
-        factors = sorted({factor for known in lines.values() for factor, _ in known})
-        axes.set_xscale("log")
-        axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("parameters of the teacher / student")
-        axes.set_ylabel("score of the teacher kept (%)")
-        axes.set_title(f"Mean over {', '.join(settings.FULL)}; dev sets")
-        axes.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
-    return True
 
 
 def _head(names: list[str]) -> list[str]:

@@ -326,7 +326,7 @@ def modules() -> Iterator[Namespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
         names = ("study_settings", "study_students", "study_provenance", "study_data", "study_runs",
-                 "study_results", "study_tables")  # fmt: skip
+                 "study_results", "study_tables", "study_picture")  # fmt: skip
         found = {n.removeprefix("study_"): importlib.import_module(n) for n in names}
         found["main"] = importlib.import_module("glue_study")
         yield Namespace(**found)

@@ -232,26 +232,47 @@ def test_ablations_of_earlier_runs_stay_beside_them(modules, results):
     ]
 
 
-def test_picture_has_a_line_per_measured_kind(modules, results, monkeypatch, tmp_path):
+def test_picture_has_a_panel_per_task_and_a_line_per_measured_kind(
+    modules, results, monkeypatch, tmp_path
+):
     drawn = []
 
-    class Kept(modules.tables.Figure):
+    class Kept(modules.picture.Figure):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             drawn.append(self)
 
-    monkeypatch.setattr(modules.tables, "Figure", Kept)
+    monkeypatch.setattr(modules.picture, "Figure", Kept)
+    weak = result("cola", "dense", 8.0, 1, 0.16)
+    for run in results.runs:
+        run["retention_error"] = 0.02 if run["task"] == "rte" and run["student"] == "svd" else None
+    results.runs.append(weak)
     path = tmp_path / "docs" / "retention.png"
-    assert modules.tables.retention_picture(results, path)
+    assert modules.picture.retention_picture(results, path)
     assert imread(path).shape[1] == 1100
-    (axes,) = drawn[0].axes
-    assert axes.get_legend_handles_labels()[1] == ["kronbert"]  # svd lacks a task
-    (bar,) = axes.containers
-    assert bar.lines[0].get_ydata() == pytest.approx([90.0])
-    (whisker,) = bar.lines[2][0].get_segments()
-    assert whisker[:, 1] == pytest.approx([90 - 1.25 / 5**0.5, 90 + 1.25 / 5**0.5])
+    panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
+    assert list(panels) == ["sst2", "mrpc", "rte", "cola", "stsb", "mean of the five"]
+
+    def lines(name):
+        bars = panels[name].containers
+        return {bar.get_label(): bar.lines[0].get_ydata() for bar in bars}
+
+    both = {"kronbert": pytest.approx([90.0]), "truncated SVD": pytest.approx([75.0])}
+    for name in ("sst2", "mrpc", "rte"):
+        assert lines(name) == both
+    assert lines("stsb") == lines("mean of the five") == {"kronbert": pytest.approx([90.0])}
+    seeds = [one for one in panels["sst2"].lines if one.get_marker() == "."]
+    assert [one.get_ydata() for one in seeds] == [pytest.approx([88.75, 90.0, 91.25])]
+    whiskers = {bar.get_label(): bar.lines[2][0].get_segments() for bar in panels["rte"].containers}
+    assert whiskers["truncated SVD"][0][:, 1] == pytest.approx([73.0, 77.0])
+    assert whiskers["kronbert"][0][:, 1] == pytest.approx([90.0, 90.0])
+    below = lines("cola").pop("dense, two narrow layers")
+    assert below != pytest.approx([20.0])
+    (said,) = panels["cola"].texts
+    assert said.get_text() == "20"
+    assert said.xy[1] == panels["cola"].get_ylim()[0] == 60
     fewer = replace_runs(modules, results)
-    assert not modules.tables.retention_picture(fewer, tmp_path / "none.png")
+    assert not modules.picture.retention_picture(fewer, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
