@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import nan
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import study_settings as settings  # type: ignore[import-not-found]
@@ -61,7 +62,10 @@ def _line(
     axes: Axes, results: Results, kind: str, task: str | None, index: int, middle: float
 ) -> None:
     """Of one kind in one panel; a task of None is the mean of all. Left out where not measured."""
-    style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    style: dict[str, Any] = {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
     at, means, errors = [], [], []
     for factor in results.factors():
         seeds = list(results.retained(kind, factor, task).values()) if task else []
