@@ -56,6 +56,7 @@ and signs had no block of their own."""
 BESIDE = {
     **dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER),
     **dict.fromkeys(("flat-table", "four-passes"), LAW_ALONE),
+    "weights-tenth": "tenth",
 }
 """Variant -> the tag of the runs that it is held against, where a task has runs of it: else, and
 for other variants, `MAIN`."""
