@@ -1,6 +1,7 @@
 """The study's tables and picture: means, what is missing, and the same seeds compared."""
 
 import json
+from math import isnan
 
 import pytest
 from matplotlib.image import imread
@@ -267,7 +268,7 @@ def test_picture_has_a_panel_per_task_and_a_line_per_measured_kind(
     assert whiskers["truncated SVD"][0][:, 1] == pytest.approx([73.0, 77.0])
     assert whiskers["kronbert"][0][:, 1] == pytest.approx([90.0, 90.0])
     below = lines("cola").pop("dense, two narrow layers")
-    assert below != pytest.approx([20.0])
+    assert [isnan(one) for one in below] == [True]
     (said,) = panels["cola"].texts
     assert said.get_text() == "20"
     assert said.xy[1] == panels["cola"].get_ylim()[0] == 60
