@@ -33,6 +33,7 @@ import kronbert
 from kronbert import native
 from kronbert.bench_models import (
     DTYPES,
+    MINILM,
     bert_base,
     cast,
     inputs,
@@ -52,9 +53,6 @@ PRESETS = ("k8", "k19", "k21")
 
 LONGEST_ROUND_MS = 10_000
 """An encoder case whose models together take longer per call is left out."""
-
-MINILM: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
-"""all-MiniLM-L6-v2's sizes."""
 
 
 def micro(quick: bool) -> Iterator[Case]:

@@ -97,7 +97,9 @@ TABLES = {
     "study_outside": of_study(study.outside),
     "study_ablation": of_study(study.ablations),
     "tables": lambda: stage1_tables.tables(RESULTS / "tables.json"),
-    "structures": lambda: stage1_tables.structures(RESULTS / "structures.json"),
+    "structures": lambda: stage1_tables.structures(
+        RESULTS / "structures.json", RESULTS / "structure_latency.json"
+    ),
     "stage1": lambda: stage1_tables.stage1(RESULTS / "stage1.json"),
 }
 

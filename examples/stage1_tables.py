@@ -58,23 +58,29 @@ def _notes(content: dict[str, Any]) -> str:
     )
 
 
-def structures(path: Path) -> str:
-    """What students of one size and several structures learnt of tasks, by structure_study.py."""
+def structures(path: Path, latency: Path) -> str:
+    """What students of one size and several structures learnt of tasks, by structure_study.py, and
+    how fast they are, by structure_latency.py."""
     if not path.is_file():
         return NONE
     content = json.loads(path.read_text())
     rows = content["rows"]
+    timed = json.loads(latency.read_text()) if latency.is_file() else None
+    times = _timed_rows(timed)
     places = list(dict.fromkeys((r["task"], kind) for r in rows for kind in ("dev", "outside")
                                 if kind in r))  # fmt: skip
     titles = [task if kind == "dev" else f"{task}, outside" for task, kind in places]
     lines = [
-        "| factor | structure | word table | MFLOPs per token | " + " | ".join(titles) + " |",
-        "|" + "---|" * (4 + len(places)),
+        "| factor | structure | word table | MFLOPs per token | times as fast, fp32 | bf16 | "
+        + " | ".join(titles)
+        + " |",
+        "|" + "---|" * (6 + len(places)),
     ]
     for factor, name in dict.fromkeys((row["factor"], row["structure"]) for row in rows):
         own = [row for row in rows if (row["factor"], row["structure"]) == (factor, name)]
         ranks = " + ".join(_ranks(part) for part in own[0]["table"].split(" + "))
         cells = [f"{factor:g}", name, ranks, f"{own[0]['flops_per_token'] / 1e6:.2f}"]
+        cells += [_times(times, factor, dtype, name) for dtype in ("fp32", "bf16")]
         for task, kind in places:
             cells.append(_learnt([row for row in own if row["task"] == task], kind))
         lines.append("| " + " | ".join(cells) + " |")
@@ -85,9 +91,34 @@ def structures(path: Path) -> str:
         "Score; mean KL of the student's answers from the teacher's, in nats; squared error of the "
         "hidden states, summed over the layers. Dev sets, and texts of another origin (sst2: IMDb, "
         f"mrpc: PAWS). Word table: ranks of all rows and of the blocks. Seed {seeds}; {said}; "
-        f"commits {commits}; `{content['command']}`."
+        f"commits {commits}; `{content['command']}`. {_timed_note(timed)}"
     )
     return "\n".join([*lines, "", note])
+
+
+def _timed_rows(timed: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Those that were measured, small batches first."""
+    rows = timed["sections"]["students"]["rows"].values() if timed else ()
+    return sorted((row for row in rows if "error" not in row), key=lambda row: int(row["batch"]))
+
+
+def _times(times: list[dict[str, Any]], factor: float, dtype: str, name: str) -> str:
+    """How many times faster than the dense model, by batch size."""
+    ratios = [row["ratio"] for row in times if (row["factor"], row["dtype"]) == (factor, dtype)]
+    return " / ".join(f"{ratio[name]:.2f}x" for ratio in ratios if name in ratio) or NONE
+
+
+def _timed_note(timed: dict[str, Any] | None) -> str:
+    if timed is None:
+        return f"Times as fast: {NONE}."
+    rows, machine = _timed_rows(timed), timed["sections"]["students"]["environment"]
+    batches = " / ".join(str(batch) for batch in dict.fromkeys(row["batch"] for row in rows))
+    commits = "; ".join(sorted({row["commit"] for row in rows}))
+    return (
+        f"Times as fast as the dense model, fused, at batch {batches} of 128 tokens: "
+        f"{machine['cpu']}, {machine['threads']} threads; torch {machine['torch']}; commits "
+        f"{commits}; `{timed['command']}`."
+    )
 
 
 def _ranks(spec: str) -> str:

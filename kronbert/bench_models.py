@@ -19,6 +19,9 @@ from .latency import random_inputs
 
 SEED = 0
 
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+"""Sizes of all-MiniLM-L6-v2: for a `BertConfig`."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 @pytest.fixture
 def study(modules, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("structure_study", "stage1_tables")
+    names = ("structure_study", "stage1_tables", "structure_latency")
     yield Namespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name)
@@ -71,11 +71,13 @@ def test_students_of_one_size_learn_the_same_rows(study, command, monkeypatch, t
     with pytest.raises(SystemExit, match="--tokens do not compare"):
         run(study, command, monkeypatch, "--structures", "uniform", "--tokens", "500")
     assert len(seen) == 4
-    head, _, first, *_ = study.stage1_tables.structures(tmp_path / "found.json").splitlines()
-    assert head.endswith("| MFLOPs per token | sst2 | sst2, outside |")
+    head, _, first, *_ = study.stage1_tables.structures(
+        tmp_path / "found.json", tmp_path / "none.json"
+    ).splitlines()
+    assert head.endswith("| times as fast, fp32 | bf16 | sst2 | sst2, outside |")
     own = rows["planned"]["dev"]
     expected = f"{100 * own['accuracy']:.1f}; {own['kl']:.3f}; {own['hidden']:.3f}"
-    assert first.split(" | ")[4] == expected
+    assert first.split(" | ")[4:7] == ["not measured", "not measured", expected]
 
 
 def test_rows_are_added_to_those_of_earlier(study, tmp_path):
@@ -100,3 +102,44 @@ def test_rows_are_added_to_those_of_earlier(study, tmp_path):
     with pytest.raises(SystemExit, match="--tokens do not compare"):
         collected("c", tokens=500)
     assert collected("d") == [first[0], more[1], more[0]]
+
+
+def test_times_of_the_students_stand_beside_their_scores(study, monkeypatch, tmp_path):
+    """All students of a factor are timed beside one dense model, and the table finds them again."""
+    timed, learnt = tmp_path / "timed.json", tmp_path / "learnt.json"
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
+    monkeypatch.setattr(study.structure_latency, "MINILM", sizes)
+    monkeypatch.setattr(sys, "argv", ["structure_latency.py", "--quick", "--out", str(timed)])
+    study.structure_latency.main()
+    content = json.loads(timed.read_text())
+    measured = content["sections"]["students"]["rows"]
+    (row,) = measured.values()
+    measured["another"] = {"error": "RuntimeError: no memory", "commit": "c0ffee"}
+    timed.write_text(json.dumps(content))
+    assert row["ms"].keys() == {"dense", "planned", "balanced layers"}
+    assert (row["factor"], row["dtype"], row["batch"], row["sequence"]) == (8, "fp32", 1, 128)
+    names = ("planned", "single layers")
+    rows = [
+        {"task": "sst2", "factor": 8.0, "structure": name, "seed": 42, "metric": "accuracy",
+         "table": "dense", "flops_per_token": 1e6, "machine": "one", "commit": "c0ffee",
+         "dev": {"accuracy": 0.9, "kl": 0.1, "hidden": 0.5}}
+        for name in names
+    ]  # fmt: skip
+    learnt.write_text(json.dumps({"command": "study", "rows": rows}))
+    _, _, *lines, _, note = study.stage1_tables.structures(learnt, timed).splitlines()
+    cells = {line.split(" | ")[1]: line.split(" | ")[4:6] for line in lines}
+    none = "not measured"
+    assert cells["planned"] == [f"{row['ratio']['planned']:.2f}x", none]
+    assert cells["single layers"] == [none, none]
+    assert "at batch 1 of 128 tokens" in note
+
+
+def test_every_structure_is_timed_at_both_factors(study, monkeypatch):
+    names = [name for name, _ in study.structure_latency.cases(quick=False)]
+    assert len(set(names)) == len(names) == 8
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
+    monkeypatch.setattr(study.structure_latency, "MINILM", sizes)
+    made = study.structure_latency.models(19.0, quick=False)
+    assert list(made) == ["dense", *study.structure_latency.STRUCTURES]
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in made.items()}
+    assert max(size for name, size in sizes.items() if name != "dense") < sizes["dense"] / 18

@@ -1,0 +1,78 @@
+"""How fast students of one size and several structures run: all of a factor beside the dense model.
+
+    python examples/structure_latency.py --out examples/results/structure_latency.json
+
+MiniLM-L6 with random weights and two classes, its students by structure_study.py's plans, fused;
+128 tokens a row. A case's models are timed in turns in one process; run nothing else beside it. A
+run that was stopped goes on where it stopped. --quick: few cases, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from study_structures import STRUCTURES, restructured  # type: ignore[import-not-found]
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import kronbert
+from kronbert.bench_models import DTYPES, MINILM, SEED, cast
+from kronbert.bench_results import Case, Results, timed_row
+from kronbert.latency import compare_models, random_inputs
+
+SEQUENCE = 128
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Every factor, dtype and batch size."""
+    for factor in (8.0,) if quick else (8.0, 19.0):
+        for dtype in ("fp32",) if quick else ("fp32", "bf16"):
+            for batch in (1,) if quick else (1, 8):
+                case = f"{factor:g}x batch {batch} sequence {SEQUENCE} {dtype}"
+                yield case, partial(row, factor, dtype, batch, quick)
+
+
+def row(factor: float, dtype: str, batch: int, quick: bool) -> dict[str, Any]:
+    found = {name: cast(one, DTYPES[dtype]) for name, one in models(factor, quick).items()}
+    given = random_inputs(found, SEQUENCE, batch, SEED)
+    timings = compare_models(found, given, batch, seconds=1 if quick else 20)
+    about = {"factor": factor, "dtype": dtype, "batch": batch, "sequence": SEQUENCE}
+    return about | timed_row(timings, "dense")
+
+
+@cache
+def models(factor: float, quick: bool) -> dict[str, nn.Module]:
+    """The dense model ("dense") and the students by the names of their structures, in float32."""
+    torch.manual_seed(SEED)
+    dense = BertForSequenceClassification(BertConfig(**MINILM, num_labels=2)).eval()
+    plan = kronbert.plan(dense, factor=factor, errors=False)
+    made: dict[str, nn.Module] = {"dense": dense}
+    for name in ("planned", "balanced layers") if quick else STRUCTURES:
+        student = kronbert.convert(dense, plan=restructured(plan, name))
+        made[name] = kronbert.fuse(student.eval())
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write and to go on with")
+    parser.add_argument("--quick", action="store_true", help="to see that it works")
+    options = parser.parse_args()
+    words = "--quick " if options.quick else ""
+    results = Results(
+        options.out,
+        command=f"python examples/structure_latency.py {words}--out {options.out.name}",
+        quick=options.quick,
+    )
+    results.section("students", cases(options.quick))
+
+
+if __name__ == "__main__":
+    main()
