@@ -49,7 +49,7 @@ def row(factor: float, dtype: str, batch: int, quick: bool) -> dict[str, Any]:
 def models(factor: float, quick: bool) -> dict[str, nn.Module]:
     """The dense model ("dense") and the students by the names of their structures, in float32."""
     torch.manual_seed(SEED)
-    dense = BertForSequenceClassification(BertConfig(**MINILM, num_labels=2)).eval()
+    dense = BertForSequenceClassification(BertConfig(**MINILM)).eval()
     plan = kronbert.plan(dense, factor=factor, errors=False)
     made: dict[str, nn.Module] = {"dense": dense}
     for name in ("planned", "balanced layers") if quick else STRUCTURES:
