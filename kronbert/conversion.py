@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import KroneckerConfig
 from .data_init import calibration_batches, fit_to_data
 from .embedding import KroneckerEmbedding
-from .errors import PlanError, ShapeError
+from .errors import PlanError, ShapeError, expect_model
 from .fusion import unfuse
 from .head import KroneckerLMHead
 from .inventory import inventory, swap
@@ -82,6 +82,7 @@ def convert(
     model inputs, dicts of tensors or single ones; positions whose attention_mask is 0 do not count.
     The output errors of both are then the student's ``data_fit``, a `FitReport`."""
     batches = calibration_batches(init, calibration)
+    expect_model("convert", model)
     _check_model(model)
     sizes = inventory(model)
     if plan is None:
@@ -136,6 +137,7 @@ def merge(model: nn.Module) -> nn.Module:
     """The dense twin of a converted model: the same function, plain modules, no kronbert needed.
 
     A copy; every weight is multiplied out in float64 and rounded once."""
+    expect_model("merge", model)
     found = {n: m for n, m in model.named_modules() if isinstance(m, KRONECKER_MODULES)}
     if not found:
         raise PlanError("merge: the model holds no Kronecker layer. Give the converted student.")

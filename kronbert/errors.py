@@ -35,6 +35,15 @@ class ReportError(KronbertError):
     """A model that cannot be measured as asked, or a report that cannot be written or read."""
 
 
+def expect_model(call: str, model: object) -> None:
+    """Raise `PlanError` for what is no module: a name, a state_dict, a class."""
+    if isinstance(model, type) or not hasattr(model, "named_modules"):
+        raise PlanError(
+            f"{call}: expected a model (nn.Module), got {model!r:.60}. For a hub name or a folder: "
+            "AutoModel.from_pretrained(name), of transformers."
+        )
+
+
 def near(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:
     """The sentence that lists what ``name`` may have been meant to be."""
     import difflib

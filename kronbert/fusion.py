@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from torch import nn
 
 from .blocks import Gelu
-from .errors import NoMatchError, PlanError
+from .errors import NoMatchError, PlanError, expect_model
 
 if TYPE_CHECKING:
     from .fused_parts import FusedBlock
@@ -48,6 +48,7 @@ def fuse(model: nn.Module, *, gelu: Gelu = "exact") -> nn.Module:
             f"fuse(gelu={gelu!r}): expected 'exact' (erf) or 'fast' (within 1e-3 of it, for half "
             "precision)."
         )
+    expect_model("fuse", model)
     table = _table(model)
     new: dict[nn.Module, type[FusedBlock]] = {}
     for module in model.modules():
@@ -72,6 +73,7 @@ def fuse(model: nn.Module, *, gelu: Gelu = "exact") -> nn.Module:
 def unfuse(model: nn.Module) -> nn.Module:
     """Give the blocks of ``model`` their own classes back; in place, returns it. A model that is
     not fused stays as it is."""
+    expect_model("unfuse", model)
     found = _fused_blocks(model)
     for name, module in found.items():
         if "ordinary" not in vars(type(module)):

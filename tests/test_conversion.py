@@ -193,6 +193,17 @@ def test_converting_twice_is_refused():
     torch.testing.assert_close(again(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", ["bert-base-uncased", {"a": torch.ones(1)}, BertForMaskedLM])
+def test_what_is_no_model_is_named(given):
+    def convert(model):
+        return kronbert.convert(model, factor=4)
+
+    for call in (convert, kronbert.merge, kronbert.fuse, kronbert.unfuse):
+        expected = rf"^{call.__name__}: expected a model \(nn.Module\), got .*from_pretrained"
+        with pytest.raises(PlanError, match=expected):
+            call(given)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_single_linear(inplace):
     dense = nn.Linear(24, 20)
