@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -40,10 +42,9 @@ from kronbert.job_models import open_model, open_tokenizer, quiet
 MEASURED = 512
 """Rows on which hidden states are compared, of dev and of another origin."""
 
-COMMAND = "python examples/structure_study.py --model MODEL --data-dir GLUE --teachers TEACHERS"
 
-
-def parser() -> argparse.ArgumentParser:
+def parser(study: str, names: Iterable[str]) -> argparse.ArgumentParser:
+    """study: "structure", whose --structures are chosen from ``names``; or of another column."""
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = made.add_argument
     add("--model", required=True, help="hub name or folder of the base encoder")
@@ -52,39 +53,44 @@ def parser() -> argparse.ArgumentParser:
     add("--ood-dir", help="imdb/test.tsv and paws_wiki/dev.tsv (or .gz, .xz): measured as well")
     add("--tasks", nargs="+", default=["sst2", "mrpc", "cola"])
     add("--factors", nargs="+", type=float, default=[8.0, 19.0])
-    add("--structures", nargs="+", default=list(STRUCTURES), choices=STRUCTURES, metavar="NAME")
+    chosen = list(names)
+    add(f"--{study}s", dest="names", nargs="+", default=chosen, choices=chosen, metavar="NAME")
     add("--seeds", nargs="+", type=int, default=[42])
     add("--tokens", type=int, default=250_000, help="of the rows, of which there are 1.25 passes")
     add("--fit", type=int, default=512, help="training rows to which a student is fitted")
-    add("--output", default="runs/structures", help="one folder per student")
-    add("--results", default="examples/results/structures.json")
+    add("--output", default=f"runs/{study}s", help="one folder per student")
+    add("--results", default=f"examples/results/{study}s.json")
     add("--threads", type=int, default=1)
     return made
 
 
-def main() -> None:
-    options = parser().parse_args()
-    rows_of(Path(options.results), options.tokens)
+def work(task: type[Task], names: Iterable[str]) -> None:
+    """The study of ``task``, whose students are told apart by ``names``."""
+    options = parser(task.study, names).parse_args()
+    output, results = Path(options.output), Path(options.results)
+    rows_of(results, options.tokens, task.study)
     torch.set_num_threads(options.threads)
     datasets.disable_progress_bars()
     options.limit, options.text, options.ood_limit = None, None, MEASURED
-    output = Path(options.output)
     with quiet():
         tokenizer = open_tokenizer(options.model)
         rows = Rows(options, tokenizer)
-        for task in options.tasks:
-            one = Task(options, task, rows, tokenizer)
+        for glue in options.tasks:
+            one = task(options, glue, rows, tokenizer)
             for seed in options.seeds:
                 for factor in options.factors:
-                    for name in options.structures:
+                    for name in options.names:
                         found = one.made(output, factor, name, seed)
                         said = json.dumps(found["dev"])
-                        print(f"{task} {factor:g}x {name}, seed {seed}: {said}", flush=True)
-    collect(output, Path(options.results), options.tokens)
+                        print(f"{glue} {factor:g}x {name}, seed {seed}: {said}", flush=True)
+    collect(output, results, options.tokens, task.study, names)
 
 
 class Task:
     """A task's teacher and rows, and the students that learn them."""
+
+    study = "structure"
+    """Which study: the column that tells its students apart."""
 
     def __init__(self, options: Any, name: str, rows: Rows, tokenizer: Any) -> None:
         self.options, self.name, self.tokenizer = options, name, tokenizer
@@ -111,31 +117,15 @@ class Task:
         set_seed(seed)
         teacher, began = self.teacher, monotonic()
         teacher.requires_grad_(True)  # training froze it, and a student copies that
-        plan = kronbert.plan(teacher, factor=factor, errors=False)
-        plan = restructured(plan, name)
         fit = row_batches(self.whole.train, self.options.fit, seed, self.tokenizer)
-        student = kronbert.convert(teacher, plan=plan, init="data", calibration=fit)
-        fitted = self.measured(student)
-        stages = task_stages(self.name)
-        passes = stages[0].epochs
-        for stage in stages:
-            short = replace(stage, epochs=stage.epochs / passes, seed=seed, cache_teacher=True)
-            run_stage(
-                student,
-                teacher,
-                short,
-                self.data,
-                folder / short.name,
-                tokenizer=self.tokenizer,
-                cache=cache,
-                disable_tqdm=True,
-                logging_strategy="no",
-                eval_strategy="no",
-            )
+        plan = kronbert.plan(teacher, factor=factor, errors=False)
+        student, passes = self.begin(plan, name, fit, seed)
+        plan, fitted = student.kronecker_plan, self.measured(student)
+        self.learn(student, folder, cache, seed, passes)
         return {
             "task": self.name,
             "factor": factor,
-            "structure": name,
+            self.study: name,
             "seed": seed,
             "parameters": plan.parameters,
             "flops_per_token": plan.linear_flops(1),
@@ -147,6 +137,33 @@ class Task:
             "seconds": round(monotonic() - began, 1),
             **provenance("unknown"),
         }
+
+    def begin(self, plan: Any, name: str, fit: Any, seed: int) -> tuple[Any, float]:
+        """The student as it is before it learns, and the passes left to it for hidden states.
+
+        plan: the planner's; fit: batches of training rows."""
+        plan = restructured(plan, name)
+        return kronbert.convert(self.teacher, plan=plan, init="data", calibration=fit), 1.0
+
+    def learn(self, student: Any, folder: Path, cache: Path, seed: int, passes: float) -> None:
+        """The recipe cut short: ``passes`` for the hidden states, a quarter for the answers."""
+        stages = task_stages(self.name)
+        whole = stages[0].epochs
+        for stage, part in zip(stages, (passes, 1.0), strict=True):
+            epochs = part * stage.epochs / whole
+            short = replace(stage, epochs=epochs, seed=seed, cache_teacher=True)
+            run_stage(
+                student,
+                self.teacher,
+                short,
+                self.data,
+                folder / short.name,
+                tokenizer=self.tokenizer,
+                cache=cache,
+                disable_tqdm=True,
+                logging_strategy="no",
+                eval_strategy="no",
+            )
 
     def measured(self, student: Any) -> dict[str, Any]:
         """Of each set: the score, the fidelity, and how far the hidden states are off."""
@@ -184,26 +201,34 @@ def some_rows(data: TaskData, tokens: int) -> TaskData:
     return replace(data, train=kept[0], unlabelled=kept[1] if len(kept) > 1 else None)
 
 
-def collect(output: Path, results: Path, tokens: int) -> None:
+def collect(
+    output: Path,
+    results: Path,
+    tokens: int,
+    study: str = "structure",
+    names: Iterable[str] = STRUCTURES,
+) -> None:
     """Every student that is done, beside those of a JSON of earlier: folders do not last, rows do.
 
-    A row takes the place of an earlier one of the same task, factor, structure and seed."""
+    study: which one, and the column that tells its students apart, by ``names``. A row takes the
+    place of an earlier one of the same task, factor, seed and that column."""
     found = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/row.json"))]
-    rows = list({key_of(row): row for row in (*rows_of(results, tokens), *found)}.values())
-    order = list(STRUCTURES)
-    rows.sort(key=lambda row: (row["factor"], row["task"], order.index(row["structure"]),
-                               row["seed"]))  # fmt: skip
+    earlier = rows_of(results, tokens, study)
+    key = itemgetter("task", "factor", study, "seed")
+    rows = list({key(row): row for row in (*earlier, *found)}.values())
+    order = list(names)
+    rows.sort(key=lambda row: (row["factor"], row["task"], order.index(row[study]), row["seed"]))
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    told = json.dumps(command(tokens))
+    told = json.dumps(command(tokens, study))
     write_whole(results, f'{{\n "command": {told},\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
-def rows_of(results: Path, tokens: int) -> list[dict[str, Any]]:
+def rows_of(results: Path, tokens: int, study: str = "structure") -> list[dict[str, Any]]:
     """Those of a JSON of earlier. SystemExit if its students learnt from more tokens, or fewer."""
     if not results.is_file():
         return []
     before = json.loads(results.read_text())
-    if before["command"] != command(tokens):
+    if before["command"] != command(tokens, study):
         raise SystemExit(
             f"{results}: its rows are of {before['command']!r}. Students of other --tokens do not "
             "compare: give other --results."
@@ -212,15 +237,11 @@ def rows_of(results: Path, tokens: int) -> list[dict[str, Any]]:
     return found
 
 
-def command(tokens: int) -> str:
+def command(tokens: int, study: str) -> str:
     """What the JSON records."""
-    return f"{COMMAND} --tokens {tokens}"
-
-
-def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What no two rows of the table share."""
-    return row["task"], row["factor"], row["structure"], row["seed"]
+    options = "--model MODEL --data-dir GLUE --teachers TEACHERS"
+    return f"python examples/{study}_study.py {options} --tokens {tokens}"
 
 
 if __name__ == "__main__":
-    main()
+    work(Task, STRUCTURES)

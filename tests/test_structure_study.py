@@ -37,7 +37,7 @@ def command(tiny_bert, glue, tmp_path, modules, monkeypatch):
 
 def run(study, command, monkeypatch, *more):
     monkeypatch.setattr(sys, "argv", ["structure_study.py", *command, *more])
-    study.structure_study.main()
+    study.structure_study.work(study.structure_study.Task, study.structure_study.STRUCTURES)
 
 
 def test_students_of_one_size_learn_the_same_rows(study, command, monkeypatch, tmp_path, capsys):
