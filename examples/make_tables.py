@@ -100,6 +100,7 @@ TABLES = {
     "structures": lambda: stage1_tables.structures(
         RESULTS / "structures.json", RESULTS / "structure_latency.json"
     ),
+    "starts": lambda: stage1_tables.starts(RESULTS / "starts.json"),
     "stage1": lambda: stage1_tables.stage1(RESULTS / "stage1.json"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,36 @@ def _learnt(rows: list[dict[str, Any]], kind: str) -> str:
         )
     )
     return f"{100 * score:.1f}; {off:.3f}; {hidden:.3f}"
+
+
+def starts(path: Path) -> str:
+    """What students of one structure and several starts learnt of tasks, by start_study.py."""
+    if not path.is_file():
+        return NONE
+    content = json.loads(path.read_text())
+    rows = content["rows"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [
+        "| factor | start | " + " | ".join(f"{task}, start | end" for task in tasks) + " |",
+        "|" + "---|" * (2 + 2 * len(tasks)),
+    ]
+    key = itemgetter("factor", "start", "task")
+    for factor, name in dict.fromkeys(key(row)[:2] for row in rows):
+        cells = [f"{factor:g}", name]
+        for task in tasks:
+            own = [row for row in rows if key(row) == (factor, name, task)]
+            cells.append(_learnt([row["fitted"] | {"metric": row["metric"]} for row in own], "dev"))
+            cells.append(_learnt(own, "dev"))
+        lines.append("| " + " | ".join(cells) + " |")
+    said = "; ".join(sorted({str(row["machine"]) for row in rows}))
+    commits = "; ".join(sorted({row["commit"][:8] for row in rows}))
+    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
+    note = (
+        "Score; mean KL of the student's answers from the teacher's, in nats; squared error of the "
+        f"hidden states, summed over the layers; on dev sets. Seed {seeds}; {said}; commits "
+        f"{commits}; `{content['command']}`."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def tables(path: Path) -> str:

@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 @pytest.fixture
 def study(modules, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("structure_study", "start_study", "study_starts")
+    names = ("structure_study", "start_study", "study_starts", "stage1_tables")
     yield Namespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name)
@@ -114,3 +114,12 @@ def test_every_start_has_its_row(study, tiny_bert, glue, tmp_path, modules, monk
     assert len({row["fitted"]["dev"]["hidden"] for row in rows.values()}) == 4
     passes = [epochs for name, epochs in seen if name == "intermediate"]
     assert passes == [1.0, 1.0, 1.0, 0.5]
+    head, _, *lines, _, note = study.stage1_tables.starts(tmp_path / "found.json").splitlines()
+    assert head == "| factor | start | sst2, start | end |"
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [one[1] for one in cells] == list(study.start_study.STARTS)
+    start, end = rows["blocks"]["fitted"]["dev"], rows["blocks"]["dev"]
+    assert cells[3][2:] == [
+        f"{100 * one['accuracy']:.1f}; {one['kl']:.3f}; {one['hidden']:.3f}" for one in (start, end)
+    ]
+    assert "start_study.py" in note
