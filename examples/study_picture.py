@@ -19,8 +19,9 @@ from kronbert.pictures import COLOURS, MARKERS, STYLE, WIDTH
 FLOOR, TOP = 60.0, 108.0
 """Percent at which axes end: what keeps less stands on the floor, with its number above it."""
 
-APART = 1.05
-"""Kinds of one factor stand so many times it beside each other, or whiskers hide one another."""
+APART, MARGIN = 1.04, 1.25
+"""Kinds of one factor stand so many times it beside each other, or whiskers hide one another; the
+axis ends MARGIN times it beyond the outer ones."""
 
 
 def retention_picture(results: Results, path: Path) -> bool:
@@ -47,6 +48,7 @@ def retention_picture(results: Results, path: Path) -> bool:
             axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.axhline(100, color="#666666", linewidth=0.8)
+            axes.set_xlim(min(factors) / MARGIN, max(factors) * MARGIN)
             axes.set_ylim(FLOOR, TOP)
         figure.axes[4].set_xlabel("parameters of the teacher / student")
         figure.supylabel("score of the teacher kept on the dev set (%)", fontsize=10)
