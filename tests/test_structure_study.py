@@ -105,7 +105,7 @@ def test_rows_are_added_to_those_of_earlier(study, tmp_path):
 
 
 def test_times_of_the_students_stand_beside_their_scores(study, monkeypatch, tmp_path):
-    """All students of a factor are timed beside one dense model, and the table finds them again."""
+    """Each student is timed beside the dense model, and the table finds it again."""
     timed, learnt = tmp_path / "timed.json", tmp_path / "learnt.json"
     sizes = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
     monkeypatch.setattr(study.structure_latency, "MINILM", sizes)
@@ -116,7 +116,8 @@ def test_times_of_the_students_stand_beside_their_scores(study, monkeypatch, tmp
     (row,) = measured.values()
     measured["another"] = {"error": "RuntimeError: no memory", "commit": "c0ffee"}
     timed.write_text(json.dumps(content))
-    assert row["ms"].keys() == {"dense", "planned", "balanced layers"}
+    assert row["ms"].keys() == {"planned", "balanced layers"}
+    assert all(pair.keys() == {"dense", name} for name, pair in row["ms"].items())
     assert (row["factor"], row["dtype"], row["batch"], row["sequence"]) == (8, "fp32", 1, 128)
     names = ("planned", "single layers")
     rows = [
