@@ -43,7 +43,8 @@ def row(factor: float, dtype: str, batch: int, quick: bool) -> dict[str, Any]:
     found = {name: cast(one, DTYPES[dtype]) for name, one in models(factor, quick).items()}
     given = random_inputs(found, SEQUENCE, batch, SEED)
     dense = found.pop("dense")
-    ratio, times = {}, {}
+    ratio: dict[str, float] = {}
+    times: dict[str, Any] = {}
     for name, student in found.items():
         pair = {"dense": dense, name: student}
         timed = timed_row(compare_models(pair, given, batch, seconds=1.0), "dense")
