@@ -85,16 +85,11 @@ def structures(path: Path, latency: Path) -> str:
         for task, kind in places:
             cells.append(_learnt([row for row in own if row["task"] == task], kind))
         lines.append("| " + " | ".join(cells) + " |")
-    said = "; ".join(sorted({str(row["machine"]) for row in rows}))
-    commits = "; ".join(sorted({row["commit"][:8] for row in rows}))
-    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
-    note = (
-        "Score; mean KL of the student's answers from the teacher's, in nats; squared error of the "
-        "hidden states, summed over the layers. Dev sets, and texts of another origin (sst2: IMDb, "
-        f"mrpc: PAWS). Word table: ranks of all rows and of the blocks. Seed {seeds}; {said}; "
-        f"commits {commits}; `{content['command']}`. {_timed_note(timed)}"
+    sets = (
+        "Dev sets, and texts of another origin (sst2: IMDb, mrpc: PAWS). Word table: ranks of all "
+        "rows and of the blocks."
     )
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", f"{_learnt_note(content, sets)} {_timed_note(timed)}"])
 
 
 def _timed_rows(timed: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -147,6 +142,20 @@ def _learnt(rows: list[dict[str, Any]], kind: str) -> str:
     return f"{100 * score:.1f}; {off:.3f}; {hidden:.3f}"
 
 
+def _learnt_note(content: dict[str, Any], sets: str) -> str:
+    """What `_learnt`'s numbers are, of which sets, and where they come from."""
+
+    def each(key: str, separator: str = "; ") -> str:
+        return separator.join(sorted({str(row[key]) for row in content["rows"]}))
+
+    commits = "; ".join(sorted({row["commit"][:8] for row in content["rows"]}))
+    return (
+        "Score; mean KL of the student's answers from the teacher's, in nats; squared error of the "
+        f"hidden states, summed over the layers. {sets} Seed {each('seed', ', ')}; "
+        f"{each('machine')}; commits {commits}; `{content['command']}`."
+    )
+
+
 def starts(path: Path) -> str:
     """What students of one structure and several starts learnt of tasks, by start_study.py."""
     if not path.is_file():
@@ -166,15 +175,7 @@ def starts(path: Path) -> str:
             cells.append(_learnt([row["fitted"] | {"metric": row["metric"]} for row in own], "dev"))
             cells.append(_learnt(own, "dev"))
         lines.append("| " + " | ".join(cells) + " |")
-    said = "; ".join(sorted({str(row["machine"]) for row in rows}))
-    commits = "; ".join(sorted({row["commit"][:8] for row in rows}))
-    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
-    note = (
-        "Score; mean KL of the student's answers from the teacher's, in nats; squared error of the "
-        f"hidden states, summed over the layers; on dev sets. Seed {seeds}; {said}; commits "
-        f"{commits}; `{content['command']}`."
-    )
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", _learnt_note(content, "Dev sets.")])
 
 
 def tables(path: Path) -> str:

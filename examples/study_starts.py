@@ -61,7 +61,7 @@ def nearest_counted(
 
 
 def fisher_of(teacher: Any, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Of the outputs of each layer: the mean over tokens of g gᵀ, g the gradient of -log p of an
+    """Of the outputs of each layer: the sum over tokens of g gᵀ, g the gradient of -log p of an
     answer drawn from the teacher's own (Martens and Grosse 2015, K-FAC, section 3)."""
     modules = dict(teacher.named_modules())
     found = {name: torch.zeros(1, dtype=torch.float64) for name in names}
@@ -116,11 +116,11 @@ def learn_blocks(student: Any, teacher: Any, batches: Sequence[Batch], stage: St
         ]
     student.eval()
     for place, block in enumerate([mine.embeddings, *mine.encoder.layer]):
-        optimiser = with_muon(
-            torch.optim.AdamW(block.parameters(), lr=stage.learning_rate, weight_decay=0.0),
-            block,
-            stage.muon_rate or 1.0,
+        optimiser: torch.optim.Optimizer = torch.optim.AdamW(
+            block.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay
         )
+        if stage.muon_rate is not None:
+            optimiser = with_muon(optimiser, block, stage.muon_rate)
         falling = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: 1 - step / max(1, len(batches))
         )

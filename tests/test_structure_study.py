@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+SMALL = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -107,8 +109,7 @@ def test_rows_are_added_to_those_of_earlier(study, tmp_path):
 def test_times_of_the_students_stand_beside_their_scores(study, monkeypatch, tmp_path):
     """Each student is timed beside the dense model, and the table finds it again."""
     timed, learnt = tmp_path / "timed.json", tmp_path / "learnt.json"
-    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
-    monkeypatch.setattr(study.structure_latency, "MINILM", sizes)
+    monkeypatch.setattr(study.structure_latency, "MINILM", SMALL)
     monkeypatch.setattr(sys, "argv", ["structure_latency.py", "--quick", "--out", str(timed)])
     study.structure_latency.main()
     content = json.loads(timed.read_text())
@@ -138,8 +139,7 @@ def test_times_of_the_students_stand_beside_their_scores(study, monkeypatch, tmp
 def test_every_structure_is_timed_at_both_factors(study, monkeypatch):
     names = [name for name, _ in study.structure_latency.cases(quick=False)]
     assert len(set(names)) == len(names) == 8
-    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
-    monkeypatch.setattr(study.structure_latency, "MINILM", sizes)
+    monkeypatch.setattr(study.structure_latency, "MINILM", SMALL)
     made = study.structure_latency.models(19.0, quick=False)
     assert list(made) == ["dense", *study.structure_latency.STRUCTURES]
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in made.items()}
