@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from structure_study import Task, work  # type: ignore[import-not-found]
-from study_starts import counted_by, fisher_of, learn_blocks  # type: ignore[import-not-found]
+from study_starts import by_importance, learn_blocks  # type: ignore[import-not-found]
 from transformers import DataCollatorWithPadding
 
 import kronbert
@@ -23,7 +23,7 @@ from kronbert.distill.recipes.kronbert import task_stages
 
 STARTS = ("weights", "data", "importance", "blocks")
 """weights, data: `kronbert.convert`'s init. importance: data, outputs counted by how much the
-teacher's answers depend on them (`study_starts.counted_by`). blocks: data, and then
+teacher's answers depend on them (`study_starts.by_importance`). blocks: data, and then
 `study_starts.learn_blocks`."""
 
 
@@ -37,9 +37,7 @@ class Started(Task):
         if name == "weights":
             return kronbert.convert(teacher, plan=plan), 1.0
         if name == "importance":
-            layers = [one.size.name for one in plan.converted if one.size.kind == "linear"]
-            with counted_by(fisher_of(teacher, layers, fit)):
-                return kronbert.convert(teacher, plan=plan, init="data", calibration=fit), 1.0
+            return by_importance(teacher, plan, fit), 1.0
         student = kronbert.convert(teacher, plan=plan, init="data", calibration=fit)
         if name == "data":
             return student, 1.0

@@ -183,7 +183,7 @@ class Study:
         rate, search = self.rate(run, teacher, training, data)
         began = monotonic()
         student, start = self.begin(run, teacher, training, data)
-        init = "data" if getattr(student, "data_fit", None) is not None else "weights"
+        init = training.init if getattr(student, "data_fit", None) is not None else "weights"
         parameters = student.num_parameters()
         stages = training.stages_of(run.kind, run.seed)
         stages = [*stages[:-1], replace(stages[-1], learning_rate=rate)]
@@ -266,7 +266,7 @@ class Study:
             self.options.stage1, teacher, self.tokenizer, run.factor, run.kind
         )
         calibration = None
-        if run.kind == "kronbert" and training.init == "data" and training.after is None:
+        if run.kind == "kronbert" and training.init != "weights" and training.after is None:
             calibration = students.calibration(
                 data.train,
                 training.calibration_rows,
@@ -274,8 +274,9 @@ class Study:
                 self.tokenizer,
                 self.rows.text(data, training.calibration_text),
             )
+        counted = training.init == "importance"
         student = students.build(
-            run.kind, teacher, run.factor, start, calibration, training.structure
+            run.kind, teacher, run.factor, start, calibration, training.structure, counted
         )
         return student, None if start is None else {"name": start.name, "cosine": start.cosine}
 

@@ -96,6 +96,10 @@ OUTSIDE: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 """Out of distribution: task -> name, file below --ood-dir (perhaps .gz or .xz), text columns."""
 
+INITS = ("data", "weights", "importance")
+"""Of the kind kronbert: `kronbert.convert`'s, and the fit to data in which outputs count as much as
+the teacher's answers depend on them (`study_starts.by_importance`)."""
+
 HIDDEN_TAPS = ("embedding", "scores", "ffn")
 """Terms that a student of another depth and width cannot have."""
 
@@ -106,7 +110,7 @@ class Training:
 
     stages: one after another, as `Stage.to_dict` without seed; the last has the rate that `rates`
     are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
-    init: of the kind kronbert, see `kronbert.convert`, on
+    init: of the kind kronbert, one of `INITS`, on
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. splice: rows
     made of two, None: as many as the recipe wants; augment: copies per row with words replaced;
     text_rows: sentences of --text; transfer: other tasks and how many of their training rows; all
@@ -134,8 +138,8 @@ class Training:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "rates", tuple(self.rates))
-        if self.init not in ("data", "weights"):
-            raise DistillError(f"init={self.init!r}: expected 'data' or 'weights'.")
+        if self.init not in INITS:
+            raise DistillError(f"init={self.init!r}: expected one of {', '.join(INITS)}.")
         if not self.stages:
             raise DistillError("stages: expected one or more.")
         stages = self.stages_of("kronbert", seed=0)

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kronbert
 from kronbert import data_init
 from kronbert.distill import Stage
 from kronbert.distill.finetune import use_bf16
 from kronbert.distill.muon import with_muon
+from kronbert.planning import Plan
 from kronbert.weighted_fit import Objective, Pair, nearest_outputs
 
 Batch = Mapping[str, Tensor]
@@ -40,6 +42,13 @@ def counted_by(fisher: Mapping[str, Tensor]) -> Iterator[None]:
 
     with patch.object(data_init._Fit, "_fit_layer", fit):
         yield
+
+
+def by_importance(teacher: Any, plan: Plan, batches: Sequence[Batch]) -> Any:
+    """The student of ``plan``, fitted to data `counted_by` the teacher's own Fisher matrices."""
+    layers = [one.size.name for one in plan.converted if one.size.kind == "linear"]
+    with counted_by(fisher_of(teacher, layers, batches)):
+        return kronbert.convert(teacher, plan=plan, init="data", calibration=batches)
 
 
 def root_of(fisher: Tensor, damping: float = DAMPING) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from study_settings import STAGE1  # type: ignore[import-not-found]
+from study_starts import by_importance  # type: ignore[import-not-found]
 from study_structures import products, restructured  # type: ignore[import-not-found]
 from transformers import AutoModelForSequenceClassification, BertConfig
 
@@ -58,9 +59,11 @@ def build(
     start: Start | None,
     calibration: list[Any] | None,
     structure: str = "planned",
+    importance: bool = False,
 ) -> Any:
     """A student of ``teacher``; calibration: batches for a fit to data, None for the weights.
-    structure: of the kind kronbert, see `study_structures`."""
+    Of the kind kronbert: structure, see `study_structures`; importance, whether outputs count by
+    it (`study_starts.by_importance`)."""
     if start is not None:
         return student_from(start, teacher, factor=factor)
     plan = kronbert.plan(teacher, factor=factor, errors=False)
@@ -71,6 +74,8 @@ def build(
     if kind == "kronbert":
         if calibration is None:
             return kronbert.convert(teacher, plan=plan)
+        if importance:
+            return by_importance(teacher, plan, calibration)
         return kronbert.convert(teacher, plan=plan, init="data", calibration=calibration)
     if kind == "svd":
         return kronbert.convert(teacher, plan=all_svd(plan))

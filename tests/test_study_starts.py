@@ -87,6 +87,30 @@ def test_rows_of_other_classes_are_refused(modules, options, glue, tmp_path):
         modules.data.with_labelled(mnli, str(tmp_path))
 
 
+def test_a_student_whose_outputs_count_by_importance(modules, options):
+    """Of the same shapes and tables as one fitted to data; its layers are others."""
+    seen = []
+
+    def begun(init):
+        options.tag = init
+        Path(options.stage).write_text(json.dumps({**SMALL, "init": init}))
+        study = modules.runs.Study(options)
+        (run,) = modules.main.runs_of(options)[1:]
+        training = modules.settings.training_of("sst2", study.changes)
+        teacher = open_model(str(study.teacher_folder("sst2"))).float()
+        student, _ = study.begin(run, teacher, training, study.rows.tokens("sst2", training))
+        seen.append(made(modules, options)["kronbert"])
+        return student.state_dict()
+
+    plain, counted = begun("data"), begun("importance")
+    assert [row["init"] for row in seen] == ["data", "importance"]
+    differ = {name for name in plain if not torch.equal(plain[name], counted[name])}
+    assert any(".layer.0.output.dense" in name for name in differ)
+    assert not any("embeddings" in name for name in differ)
+    with pytest.raises(DistillError, match="init='fisher': expected one of data, weights, imp"):
+        modules.settings.training_of("sst2", {"init": "fisher"})
+
+
 def test_a_variant_of_the_last_stage_goes_on_from_before_it(modules, options, counted):
     """Bit for bit."""
     hidden = {**LAST, "name": "hidden", "objective": {"terms": [{"tap": "ffn"}]}, "batch_size": 16}
