@@ -24,7 +24,8 @@ MLM_HEADS = {
     name
     for names in (MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_PRETRAINING_MAPPING_NAMES)
     for name in names.values()
-}
+} - {"ElectraForPreTraining", "FunnelForPreTraining"}
+"""Classes with a masked-LM head. Those two tell replaced tokens from others instead."""
 
 
 def check_pair(

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def run_stage(
     `DistillArguments`. Raises `DistillError`."""
     folder = Path(folder)
     task = data.task if isinstance(data, TaskData) else None
-    args = stage.to_arguments(
+    args = replace(stage, cache_teacher=False, pieces=()).to_arguments(
         folder,
         **{
             "eval_strategy": "steps" if task else "no",
@@ -147,7 +148,7 @@ def run_stage(
     autocast = args.bf16 or args.fp16
     with (
         own_forward(student),
-        dropout_set_to(student, stage.dropout),
+        dropout_set_to(student, stage.dropout),  # by that layers are fused
         fused_layers(student, autocast=autocast),
         plain_attention(student, autocast=autocast),
     ):

@@ -16,12 +16,13 @@ from typing import Any
 from torch import nn
 
 from kronbert.distill.data import TaskData
+from kronbert.distill.digests import data_digest
 from kronbert.distill.finetune import CACHE, evaluate, run_stage
 from kronbert.distill.stages import Stage
 from kronbert.distill.teacher_cache import model_digest
 from kronbert.errors import DistillError
 
-RESULT = "result.json"
+ASKED, RESULT = "asked.json", "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def search_rates(
     epochs, the schedule shortened with them; the best dev score wins, of equals the lower rate.
 
     data: tokenised. folder: one folder per rate, which keeps its result, so that an interrupted
-    search goes on where it was; results of another stage, student, share or data are refused.
+    search goes on where it was; another stage, student, share, precision or data are refused.
     options: more of `run_stage` (precision, cache, ...). ``student`` stays as it is, and as every
     rate starts from it with the stage's seed, the result is the same each time. The chosen rate has
     seen the dev set: a score on the same dev set is a little flattered. Raises `DistillError` if
@@ -87,7 +88,11 @@ def search_rates(
     stages = [
         replace(stage, learning_rate=rate, epochs=stage.epochs * share) for rate in sorted(rates)
     ]
-    start = {"student": model_digest(student), "data": data.source}
+    start = {
+        "student": model_digest(student),
+        "data": f"{data.source}; {data_digest(data)}",
+        "precision": options.get("precision", "auto"),
+    }
     if teacher is not None:
         start["teacher"] = model_digest(teacher)
     results = []
@@ -95,9 +100,12 @@ def search_rates(
         place = folder / f"rate-{short.learning_rate:g}"
         told = {"stage": short.to_dict(), **start}
         result = _read(place / RESULT, told)
+        _read(place / ASKED, told)  # of a search that was interrupted
         if result is None:
             if say is not None:
                 say(f"learning rate {short.learning_rate:g}: {short.epochs:g} epochs")
+            place.mkdir(parents=True, exist_ok=True)
+            _write(place / ASKED, {"of": told, "result": None})
             began, model = monotonic(), copy.deepcopy(student)
             given: dict[str, Any] = {"cache": folder / CACHE, "keep_last": True, "say": say}
             run_stage(
@@ -116,6 +124,7 @@ def search_rates(
                 seconds=round(monotonic() - began, 1),
             )
             _write(place / RESULT, {"of": told, "result": asdict(result)})
+            (place / ASKED).unlink()
             shutil.rmtree(place / "run", ignore_errors=True)  # the checkpoint has done its duty
         if say is not None:
             told_score = "diverged" if result.score is None else f"{result.score:.4f}"
@@ -152,7 +161,7 @@ def _read(path: Path, told: dict[str, Any]) -> RateResult | None:
             f"{path}: the result of another search (other {other}). Search in another folder, or "
             "delete this one."
         )
-    return RateResult(**saved["result"])
+    return RateResult(**saved["result"]) if saved["result"] else None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

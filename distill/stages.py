@@ -127,10 +127,17 @@ class Stage:
         """The stage as `DistillArguments`; overrides are its fields and win.
 
         The batch of one process is batch_size / (WORLD_SIZE * gradient_accumulation_steps), so a
-        recipe trains the same on one process or eight; `DistillError` if that is no whole number.
+        recipe trains the same on one process or eight; `DistillError` if that is no whole number,
+        and for a switch that only `run_stage` has: cache_teacher, pieces.
         """
         from kronbert.distill.trainer import DistillArguments
 
+        for key in ("cache_teacher", "pieces"):
+            if value := getattr(self, key):
+                raise DistillError(
+                    f"Stage({self.name!r}, {key}={value!r}): training arguments have no "
+                    "such switch. Use kronbert.distill.finetune.run_stage, or leave it out."
+                )
         given: dict[str, Any] = {
             "learning_rate": self.learning_rate,
             "num_train_epochs": self.epochs,
@@ -144,6 +151,7 @@ class Stage:
             "small_rate": self.small_rate,
             "embedding_rate": self.embedding_rate,
             "muon_rate": self.muon_rate,
+            "dropout": self.dropout,
         }
         if "per_device_train_batch_size" not in overrides:
             processes = int(os.environ.get("WORLD_SIZE", "1"))

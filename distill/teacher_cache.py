@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from kronbert.distill.data import row_lengths
+from kronbert.distill.digests import rows_digest
 from kronbert.distill.taps import Captured, Taps
 from kronbert.errors import DistillError
 
@@ -194,6 +195,7 @@ def _compute(
     whole = note.is_file() and all(one.is_file() for one in parts)
     done = json.loads(note.read_text())["done"] if whole else 0
     if not done:
+        note.unlink(missing_ok=True)  # of parts that are gone: it would skip rows of the new ones
         _need_space(path.parent, 2 * int(starts[-1]) * len(reader.layers) * reader.width)
     outs = [np.load(one, mmap_mode="r+") for one in parts] if done else []
     for number, start in enumerate(range(done, len(order), batch_size), start=1):
@@ -274,20 +276,6 @@ def model_digest(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return seen.hexdigest()
-
-
-def rows_digest(rows: datasets.Dataset) -> str:
-    """A hash of the columns' names, lengths and numbers, in the rows' order."""
-    seen = hashlib.sha256()
-    table = rows.with_format("arrow")
-    for start in range(0, len(rows), 10_000):
-        batch = table[start : start + 10_000]
-        for name in sorted(batch.column_names):
-            values = batch.column(name).combine_chunks()
-            seen.update(name.encode())
-            seen.update(np.asarray(values.value_lengths()).tobytes())
-            seen.update(values.flatten().to_numpy(zero_copy_only=False).tobytes())
     return seen.hexdigest()
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kronbert.distill.averaging import WeightAverage
 from kronbert.distill.checks import check_arguments, check_pair, supervised_layers
+from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.layer_maps import LayerMap
 from kronbert.distill.muon import with_muon
 from kronbert.distill.objectives import Objective, term_losses
@@ -37,13 +38,14 @@ from kronbert.errors import DistillError
 class DistillArguments(TrainingArguments):
     """transformers' TrainingArguments that log the first step: curves start untrained.
 
-    ema, small_rate, embedding_rate, muon_rate: as in `kronbert.distill.Stage`."""
+    ema, small_rate, embedding_rate, muon_rate, dropout: as in `kronbert.distill.Stage`."""
 
     logging_first_step: bool = True
     ema: float | None = None
     small_rate: float = 1.0
     embedding_rate: float = 1.0
     muon_rate: float | None = None
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         check_switches("DistillArguments", self)
@@ -120,13 +122,16 @@ class DistillTrainer(Trainer):
             self.add_callback(self._average)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kw: Any) -> Any:
-        """Trainer's; with ``ema`` the model holds the averaged weights at its end."""
+        """Trainer's, with the arguments' ``dropout``; with ``ema`` the model holds the averaged
+        weights at its end."""
         if self._average is not None and resume_from_checkpoint:
             found = resume_from_checkpoint
             if found is True:
                 found = get_last_checkpoint(self.args.output_dir)
             self._average.resumed_from = Path(found) if found else None
-        return super().train(resume_from_checkpoint, *args, **kw)
+        student: Any = self.model
+        with dropout_set_to(student, getattr(self.args, "dropout", None)):
+            return super().train(resume_from_checkpoint, *args, **kw)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, of the averaged weights where the arguments have ``ema``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -115,7 +115,8 @@ class KroneckerConfig:
         if self.preset is not None:
             find_preset(self.preset)
             object.__setattr__(self, "preset", self.preset.lower())
-        if isinstance(self.keep, str) or not all(isinstance(k, str) for k in self.keep or ()):
+        listed = isinstance(self.keep or (), Iterable) and not isinstance(self.keep, str)
+        if not listed or not all(isinstance(k, str) for k in self.keep or ()):
             raise PlanError(
                 f"keep={self.keep!r}: expected a list of patterns. For one layer: keep=['pooler*']."
             )

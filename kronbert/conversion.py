@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import KroneckerConfig
@@ -90,6 +91,11 @@ def convert(
     else:
         if any(given is not None for given in (factor, preset, rules, keep, config)):
             raise PlanError("convert(plan=...): the plan fixes every shape; give it alone.")
+        if not isinstance(plan, Plan):
+            raise PlanError(
+                f"convert(plan={type(plan).__name__}): expected a kronbert.Plan. Of its JSON: "
+                "kronbert.Plan.from_json(json.loads(Path(...).read_text()))."
+            )
         _check_plan(plan, sizes)
         plan = replace(plan, dense_parameters=sizes.parameters, model_type=sizes.model_type)
     _check_weights(model, plan)
@@ -125,11 +131,12 @@ def convert(
     student.kronecker_plan = plan  # type: ignore[assignment]
     if fitted is not None:
         student.data_fit = fitted  # type: ignore[assignment]
-    if stored is not None:
-        from .hf import untie
+    for name, part in _saved(student).items():
+        if name in stored:
+            from .hf import untie
 
-        student.config.quantization_config = stored  # type: ignore[union-attr]
-        untie(student)
+            part.config.quantization_config = stored[name]
+            untie(part)
     return student
 
 
@@ -166,25 +173,35 @@ def merge(model: nn.Module) -> nn.Module:
     dense = unfuse(copy.deepcopy(model, memo))
     for name in ("kronecker_plan", "data_fit"):
         dense.__dict__.pop(name, None)
-    if _saves(dense):
+    for part in _saved(dense).values():
         from .hf import release
 
-        release(dense)
+        release(part)
     return dense
 
 
-def _saves(model: nn.Module) -> bool:
-    """Whether transformers saves it, with a config that can hold the plan."""
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+def _saved(model: nn.Module) -> dict[str, Any]:
+    """What transformers saves, with a config that can hold a plan: name in ``model`` -> model.
+
+    The model itself, or those that a wrapper holds (SentenceTransformer, one's own)."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found[name] = module
+    return found
 
 
-def _stored(model: nn.Module, plan: Plan) -> Any:
-    """The plan as config.json holds it; None for a model that transformers does not save."""
-    if not _saves(model):
-        return None
+def _stored(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """Of each of `_saved`, by name: the layers of the plan in it, as its config.json holds them."""
     from .hf import KroneckerQuantizationConfig
 
-    return KroneckerQuantizationConfig.from_plan(plan)
+    names = [layer.size.name for layer in plan.converted]
+    return {
+        name: KroneckerQuantizationConfig.from_plan(plan, prefix, part.num_parameters())
+        for name, part in _saved(model).items()
+        if any(one.startswith(prefix := f"{name}." if name else "") for one in names)
+    }
 
 
 def _config(
@@ -197,10 +214,16 @@ def _config(
     if config is not None:
         if any(given is not None for given in (factor, preset, rules, keep)):
             raise PlanError("config= holds factor, preset, rules and keep; give it alone.")
+        if not isinstance(config, KroneckerConfig):
+            raise PlanError(
+                f"config={type(config).__name__}: expected a kronbert.KroneckerConfig, such as "
+                "KroneckerConfig(factor=8). A model, or its own config, comes first."
+            )
         return config
     given: dict[str, Any] = {"factor": factor, "preset": preset, "rules": rules or {}}
     if keep is not None:
-        given["keep"] = (keep,) if isinstance(keep, str) else tuple(keep)
+        several = isinstance(keep, Iterable) and not isinstance(keep, str)
+        given["keep"] = tuple(keep) if several else (keep,)
     return KroneckerConfig(**given)
 
 
@@ -261,10 +284,11 @@ def _check_plan(plan: Plan, sizes: Inventory) -> None:
             )
         if layer.groups and size.dense_because:
             raise PlanError(f"{name!r} cannot be converted: {size.dense_because}.")
-        if size.tied_to and (size.tied_to in converted) != bool(layer.groups):
+    for size in sizes.layers:  # the plan may lack its row
+        if size.tied_to and (size.tied_to in converted) != (size.name in converted):
             raise PlanError(
-                f"{name!r} shares its weight with {size.tied_to!r}: expected shapes for both or "
-                "neither. Edit the embedding; its head follows."
+                f"{size.name!r} shares its weight with {size.tied_to!r}: expected shapes for both "
+                "or neither. Edit the embedding; its head follows."
             )
 
 

@@ -69,7 +69,7 @@ def tables() -> dict[str, CostTable]:
 class Kept:
     """The ways one product runs, by number of rows, and what they were made from."""
 
-    __slots__ = ("bias", "dtype", "inner", "runs", "sources")
+    __slots__ = ("bias", "dtype", "inner", "made", "runs", "sources")
 
     def __init__(self, key: Key, pairs: Pairs, bias: Tensor | None, inner: int) -> None:
         self.sources = [
@@ -79,6 +79,14 @@ class Kept:
         self.bias = None if bias is None else weakref.ref(bias)
         self.dtype, self.inner = pairs[0][0].dtype, inner
         self.runs: dict[int, Any] = {}
+        self.made: dict[Any, Any] = {}
+        """By what its matrices depend on: numbers of rows share them."""
+
+    def run(self, of: Any, make: Callable[[], Any]) -> Any:
+        """What was made ``of`` this, or is now."""
+        if of not in self.made:
+            self.made[of] = make()
+        return self.made[of]
 
     def holds(self, a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether the layer is the same and unchanged."""
@@ -143,10 +151,17 @@ def linear(x: Tensor, pairs: Pairs, shapes: Groups, bias: Tensor | None) -> Tens
     if needs_grad:
         rows = x.reshape(n, x.shape[-1]).contiguous()
         return _sum(forms, shapes, rows, pairs, bias).view(*x.shape[:-1], shapes[0].out_features)
-    call = _runner(forms, shapes, pairs, n)
-    if keep and n:
-        kept(id(pairs[0][0]), pairs, bias, x.shape[-1]).runs[bucket(n)] = call
+    if not keep or not n:
+        return _runner(forms, shapes, pairs, n)(x, bias)
+    found = kept(id(pairs[0][0]), pairs, bias, x.shape[-1])
+    call = found.run((forms, layout(x.dtype, n)), lambda: _runner(forms, shapes, pairs, n))
+    found.runs[bucket(n)] = call
     return call(x, bias)
+
+
+def layout(dtype: torch.dtype, n: int) -> int:
+    """Numbers of rows whose matrices are laid out alike: all in float32, see `forms.packed`."""
+    return bucket(n) if dtype == torch.bfloat16 else 0
 
 
 def bucket(n: int) -> int:

@@ -79,11 +79,8 @@ def ffn(x: Tensor, expand: Linear, contract: Linear) -> Tensor | None:
         if tensor.is_inference() or tensor.dtype != x.dtype or not _readable(tensor):
             return None
     n = x.numel() // x.shape[-1]
-    runs = cpu.kept(("ffn", id(pairs[0][0])), pairs, None, x.shape[-1]).runs
-    place = cpu.bucket(n)
-    if place not in runs:
-        runs[place] = _joined(pairs, n)
-    joined = runs[place]
+    found = cpu.kept(("ffn", id(pairs[0][0])), pairs, None, x.shape[-1])
+    joined = found.run(cpu.layout(x.dtype, n), lambda: _joined(pairs, n))
     if joined is None or x.shape[-1] != joined.inner:
         return None
     if not _fit(_out(expand), expand.bias) or not _fit(_out(contract), contract.bias):
@@ -231,7 +228,8 @@ class _Masks:
         last, of = self.last, (mask._version, batch, tokens)
         if last is not None and last[0]() is mask and last[1] == of:
             return last[2]
-        made = _added(mask, batch, tokens)
+        with torch.inference_mode(False), torch.no_grad():  # a training step may be next to read it
+            made = _added(mask, batch, tokens)
         if made is not None:
             self.last = weakref.ref(mask), of, made
         return made

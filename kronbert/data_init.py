@@ -44,6 +44,10 @@ READ_AT_MOST = 65_536
 """Tokens after which no further batch is read: a loader of a whole data set would not fit."""
 
 
+APART, TOGETHER = 64, 4096
+"""More batches than ``APART`` are put together, those of one form, up to so many tokens."""
+
+
 def calibration_batches(init: str, calibration: Iterable[Any] | None) -> list[Any] | None:
     """The batches to fit on, at most `READ_AT_MOST` tokens; None for init="weights".
 
@@ -80,7 +84,39 @@ def calibration_batches(init: str, calibration: Iterable[Any] | None) -> list[An
             f"convert(calibration=...): {len(batches)} batches without a token that counts. Give "
             "a few hundred sentences."
         )
-    return batches
+    return _joined(batches) if len(batches) > APART else batches
+
+
+def _joined(batches: Sequence[Any]) -> list[Any]:
+    """Batches of one form put together: every batch costs two threads (`kronbert.walk`), and
+    single sentences are batches too."""
+    joined: dict[Any, list[Any]] = {}
+    left: list[Any] = []
+    for batch in batches:
+        tensors = batch if isinstance(batch, Mapping) else {"": batch}
+        if not all(isinstance(x, Tensor) and x.dim() for x in tensors.values()):
+            left.append(batch)
+            continue
+        form = tuple((name, x.shape[1:], x.dtype, x.device) for name, x in tensors.items())
+        rows = {len(x) for x in tensors.values()}
+        if len(rows) > 1:
+            left.append(batch)
+            continue
+        joined.setdefault(form, []).append(batch)
+    for alike in joined.values():
+        while alike:
+            most = max(1, TOGETHER // max(1, _tokens(alike[0], 0)))
+            left.append(_one(alike[:most]))
+            del alike[:most]
+    return left
+
+
+def _one(batches: Sequence[Any]) -> Any:
+    if len(batches) == 1:
+        return batches[0]
+    if isinstance(batches[0], Tensor):
+        return torch.cat(list(batches))
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def fit_to_data(

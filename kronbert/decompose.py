@@ -123,7 +123,9 @@ def _fit(weight: Tensor, shape: KroneckerShape) -> tuple[Tensor, Tensor, float]:
         missed = sum((part - u @ short.T).square().sum().item() for part, u in left)
         error = (missed / (squared_norm or 1.0)) ** 0.5
     root = sigma.sqrt()
-    long, short = long / torch.where(root > 0, root, 1.0), short * root
+    # Of a term of size zero one side stays: were both zero, neither would ever have a gradient.
+    kept = torch.where(root > 0, root, 1.0)
+    long, short = long / kept, short * kept
     if shape.rank > sigma.shape[0]:
         spare = shape.rank - sigma.shape[0]
         long, short = (torch.nn.functional.pad(terms, (0, spare)) for terms in (long, short))

@@ -70,14 +70,18 @@ class KroneckerQuantizationConfig(QuantizationConfigMixin):
         self.dense_parameters = dense_parameters
 
     @classmethod
-    def from_plan(cls, plan: Plan) -> KroneckerQuantizationConfig:
+    def from_plan(
+        cls, plan: Plan, prefix: str, dense_parameters: int
+    ) -> KroneckerQuantizationConfig:
+        """prefix: of the layers in the part of the model that is saved; of all of it: ""."""
         layers = {
-            layer.size.name: f"{TIED}{layer.size.tied_to}"
+            layer.size.name.removeprefix(prefix): f"{TIED}{layer.size.tied_to.removeprefix(prefix)}"
             if layer.size.tied_to
             else " + ".join(shape.spec for shape in layer.groups)
             for layer in plan.converted
+            if layer.size.name.startswith(prefix)
         }
-        return cls(layers, plan.dense_parameters)
+        return cls(layers, dense_parameters)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -50,6 +50,13 @@ def inventory(model_or_config: Any) -> Inventory:
         for name, m in modules.items()
         if id(weights[name]) not in tables or type(m) is nn.Embedding
     )
+    own = {id(module) for module in modules.values()}
+    outside = {
+        id(parameter): f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        if id(module) not in own
+        for key, parameter in module.named_parameters(recurse=False)
+    }
     layers = []
     for name, module in modules.items():
         weight = weights[name]
@@ -65,6 +72,8 @@ def inventory(model_or_config: Any) -> Inventory:
         if tied:
             kind = "head"
         because = _dense_reason(name, module, kind, model_type)
+        if id(weight) in outside:
+            because = f"it shares its weight with {outside[id(weight)]!r}"
         if readers[id(weight)] > 1:
             others = [n for n, w in weights.items() if w is weight and n != name]
             because = f"it shares its weight with {others[0]!r}"

@@ -20,6 +20,7 @@ from .job_models import (
     class_names,
     has_masked_lm,
     longest,
+    open_encoder,
     open_pretrained,
     open_teacher,
     open_tokenizer,
@@ -60,6 +61,7 @@ class _Job:
         from transformers import AutoConfig
 
         from .distill.data import tokenize
+        from .distill.digests import data_digest
 
         self.settings, self.folder = settings, folder
         self.wanted: dict[str, Any] = {"factor": settings.factor, "preset": settings.preset}
@@ -86,7 +88,8 @@ class _Job:
         if not folder.began():
             folder.state["start"] = self._choose_start()
         sizes = {name: len(rows) for name, rows in self.data.validation.items()}
-        folder.begin(f"{self.data.source}; {len(self.data.train)} train, {sizes}")
+        what = f"{self.data.source}; {len(self.data.train)} train, {sizes}"
+        folder.begin(f"{what}; {data_digest(self.data)}")
 
     def _make_stages(self, config: Any, most: int) -> None:
         from .distill.finetune import labels_only, use_bf16
@@ -248,12 +251,9 @@ class _Job:
     def _learn_masked(self, student: Any) -> list[Any]:
         """Stage 1 between the pre-trained masked LM and its twin of the student's shapes, whose
         body is then the student's."""
-        from transformers import AutoModelForMaskedLM
-
         from .conversion import convert
 
-        with quiet():
-            general = open_pretrained(AutoModelForMaskedLM, self.settings.model)
+        general = open_encoder(self.settings.model, masked=True)
         names = {name for name, _ in general.named_modules()}
         rules = {
             layer.size.name: Rule(groups=layer.groups)

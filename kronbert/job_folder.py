@@ -17,7 +17,11 @@ Say = Callable[[str], None]
 BYTES_PER_PARAMETER = 40
 """float32 with Adam's two moments, three checkpoints at the moment one is replaced, one result."""
 
-OWN = ("teacher", "stage1", "student", "report.json")
+OWN = (
+    *("teacher", "stage1", "start", "intermediate", "student", "teacher-outputs", "*-run"),
+    *("report.json", "report.md", "curve.json", "curve.png"),
+)
+"""Patterns of what a job writes, or removes, in its folder; pictures of a report aside."""
 
 
 class JobFolder:
@@ -36,7 +40,7 @@ class JobFolder:
         if self.file.is_file():
             self.state = self._before(asked)
         else:
-            foreign = [name for name in OWN if (self.path / name).exists()]
+            foreign = [one.name for pattern in OWN for one in sorted(self.path.glob(pattern))]
             if foreign:
                 raise CheckpointError(
                     f"{self.path}: holds {', '.join(foreign)}, but no state.json of a run that "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,7 @@ def open_encoder(name: str, *, masked: bool = False) -> Any:
         bare = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
         if missing and bare and all("pooler." in key for key in missing):
             return open_pretrained(auto, name, add_pooling_layer=False)
-    if missing:
-        raise DistillError(
-            f"{name}: without {', '.join(missing[:3])}, which would be random numbers. Give a "
-            "complete checkpoint."
-        )
+    _refuse_random(f"{name}:", missing, "Give a complete checkpoint.")
     return model
 
 
@@ -102,7 +98,8 @@ def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
     """(model with a head for ``task``, whether it is fine-tuned already).
 
     A checkpoint saved as ``...ForSequenceClassification`` is a fine-tuned teacher; its head must
-    have the task's classes. The weights of a new head are random: set a seed before."""
+    have the task's classes. The weights of a new head, and of a pooler that the checkpoint lacks,
+    are random: set a seed before. `DistillError` where another weight is missing."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = open_pretrained(AutoConfig, name)
@@ -115,7 +112,13 @@ def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
             head["id2label"] = dict(enumerate(task.labels))
             head["label2id"] = {label: i for i, label in enumerate(task.labels)}
         with quiet():
-            return open_pretrained(AutoModelForSequenceClassification, name, **head), False
+            model, loaded = open_pretrained(
+                AutoModelForSequenceClassification, name, output_loading_info=True, **head
+            )
+        body = f"{model.base_model_prefix}."
+        missing = [k for k in loaded["missing_keys"] if k.startswith(body) and "pooler." not in k]
+        _refuse_random(f"{name}:", missing, "Give a complete checkpoint.")
+        return model, False
     if config.num_labels != task.num_labels:
         raise DistillError(
             f"{name}: its head has {_count(config.num_labels)}, task {task.name!r} has "
@@ -125,19 +128,17 @@ def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
     model, loaded = open_pretrained(
         AutoModelForSequenceClassification, name, output_loading_info=True
     )
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
-        raise DistillError(
-            f"{name}: saved as {saved_as}, but without {', '.join(missing[:3])}, which would be "
-            "random numbers. Give a complete checkpoint, or its base model."
-        )
+    what = f"{name}: saved as {saved_as}, but"
+    _refuse_random(what, loaded["missing_keys"], "Give a complete checkpoint, or its base model.")
     return model, True
 
 
 def has_masked_lm(config: Any, tokenizer: Any) -> bool:
     """Whether a checkpoint carries a masked-LM head, which stage 1 can train with."""
+    from .distill.checks import MLM_HEADS
+
     saved_as = (config.architectures or [""])[0]
-    return saved_as.endswith(("ForMaskedLM", "ForPreTraining")) and tokenizer.mask_token is not None
+    return saved_as in MLM_HEADS and tokenizer.mask_token is not None
 
 
 def class_names(model: Any) -> list[str] | None:
@@ -186,6 +187,12 @@ def _check_labels(name: str, config: Any, task: Any) -> None:
             f"{name}: its classes are {own}, task {task.name!r} has them as {asked}. Change the "
             "data's label order, or fine-tune the base model here."
         )
+
+
+def _refuse_random(what: str, missing: Iterable[str], do: str) -> None:
+    """Raise `DistillError` for weights that the checkpoint lacks, if any."""
+    if named := ", ".join(sorted(missing)[:3]):
+        raise DistillError(f"{what} without {named}, which would be random numbers. {do}")
 
 
 def _count(labels: int) -> str:

@@ -141,9 +141,13 @@ class _Pretraining:
             check_tokenizer(self.teacher, self.tokenizer, settings.model)
             self.student = self._make_student()
             folder.need_space(self.student.num_parameters())
+        from .distill.digests import rows_digest
+
         blocks, held_out = self.blocks, self.held_out
         said = f"{len(blocks)} blocks of {self.stage.max_length} tokens"
-        folder.begin(said if held_out is None else f"{said}, {len(held_out)} held out")
+        if held_out is not None:
+            said += f", {len(held_out)} held out"
+        folder.begin(f"{said}; {rows_digest(blocks)[:16]}")
 
     def _make_stage(self) -> Any:
         from .distill.finetune import use_bf16

@@ -131,8 +131,11 @@ class Report:
         return "\n".join([*lines, *_notes(self)])
 
     def save(self, folder: str | Path) -> None:
-        """Write report.json, report.md and, where there are errors, error_per_layer.png."""
+        """Write report.json, report.md and, where there are errors, error_per_layer.png.
+
+        Replaces a report of before; `ReportError` where another command's would be."""
         target = Path(folder)
+        check_report_folder(target)
         text = f"# kronbert report: {self.student.name}\n\n{self.to_markdown()}\n"
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -169,6 +172,22 @@ class Report:
                 table.add_row(*row)
             parts.append(table)
         return Group(*parts, *_notes(self))
+
+
+def check_report_folder(folder: Path) -> None:
+    """Raise `ReportError` where report.json is none of `Report.save`'s: a job's, or a student's."""
+    file = folder / "report.json"
+    if not file.exists():
+        return
+    try:
+        own = "environment" in json.loads(file.read_text())
+    except (OSError, ValueError, TypeError):
+        own = False
+    if not own:
+        raise ReportError(
+            f"{file}: of another command, such as compress or pretrain-student, which reads it "
+            "again. Nothing is overwritten: choose another folder."
+        )
 
 
 def report(

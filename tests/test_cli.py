@@ -209,6 +209,7 @@ def test_report(teacher, student, tmp_path):
     assert f"{content['student']['parameters']:,}" in text
     assert content["factor"] >= 3
     assert (tmp_path / "r" / "report.md").is_file()
+    run("report", student, "--no-latency", "--output", tmp_path / "r")  # its own is replaced
     assert "parameters" in run("report", student, "--no-latency")
 
 
@@ -252,6 +253,10 @@ def test_errors_are_one_message(teacher, student, tiny_task, tmp_path, capsys, m
     assert "no score" in said("evaluate", _base(teacher, tmp_path), "--task", tiny_task)
     assert "takes 64 tokens" in said("evaluate", teacher, "--task", tiny_task, "--max-length", 100)
     assert "cannot be written" in said("report", student, "--output", tmp_path / "file")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "report.json").write_text('{"scores": {}}')
+    assert "of another command" in said("report", student, "--output", tmp_path / "job")
+    assert (tmp_path / "job" / "report.json").read_text() == '{"scores": {}}'
     assert "expected factor= or preset=" in said(
         "compress", "--model", "m", "--task", "t", "--output", "o"
     )

@@ -154,3 +154,28 @@ def test_merge_refuses_what_it_cannot_merge():
     student = kronbert.convert(masked_lm(), 4)
     with pytest.raises(PlanError, match="tied to an embedding outside the model"):
         kronbert.merge(student.cls)
+
+
+WRONG = {
+    "config of a model": ({"config": BertConfig()}, "config=BertConfig: expected a kronbert.Kron"),
+    "config as a dict": ({"config": {"factor": 8}}, "config=dict: expected"),
+    "plan's file": ({"plan": "plan.json"}, r"convert\(plan=str\): expected a kronbert.Plan"),
+    "plan's json": ({"plan": {}}, r"convert\(plan=dict\): expected"),
+    "keep": ({"factor": 3, "keep": 5}, "keep=.5.*: expected a list of patterns"),
+}
+
+
+@pytest.mark.parametrize(("given", "said"), WRONG.values(), ids=list(WRONG))
+def test_arguments_of_another_kind(given, said):
+    with pytest.raises(PlanError, match=said):
+        kronbert.convert(classifier(), **given)
+    with pytest.raises(PlanError, match="keep=5: expected a list"):
+        kronbert.KroneckerConfig(factor=3, keep=5)
+
+
+def test_a_plan_without_the_row_of_a_tied_head():
+    model = masked_lm()
+    told = kronbert.plan(model, factor=3).to_json()
+    told["layers"] = [row for row in told["layers"] if not row["tied_to"]]
+    with pytest.raises(PlanError, match=r"decoder' shares its weight .* for both or neither"):
+        kronbert.convert(model, plan=kronbert.Plan.from_json(told))

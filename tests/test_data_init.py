@@ -325,3 +325,30 @@ def test_the_report_is_a_table_and_json():
     row = fit.to_json()["layers"][name]
     expected = {"weights_error": one.weights_error, "data_error": one.data_error, "kept": None}
     assert row == expected
+
+
+def test_single_sentences_are_walked_through_together(monkeypatch):
+    """Each batch costs two threads; the fit is that of one batch."""
+    model, walked = classifier(), []
+    real = data_init.Walk
+    monkeypatch.setattr(data_init, "Walk", lambda *given: walked.append(1) or real(*given))
+    monkeypatch.setattr(data_init, "APART", 29)
+    ids = torch.randint(5, model.config.vocab_size, (30, 12))
+    mask = torch.ones_like(ids)
+    mask[::3, 7:] = 0
+    one = {"input_ids": ids, "attention_mask": mask}
+    several = [{name: x[i : i + 1] for name, x in one.items()} for i in range(30)]
+    fits = []
+    for batches in ([one], several):
+        walked.clear()
+        student = kronbert.convert(model, factor=3, init="data", calibration=batches)
+        fits.append(student.state_dict())
+        assert len(walked) == 3  # one for the order, two side by side
+    for name, value in fits[0].items():
+        torch.testing.assert_close(value, fits[1][name])
+    uneven = [{"input_ids": ids[:2], "position_ids": torch.arange(12)[None]}] * 31
+    assert len(data_init.calibration_batches("data", uneven)) == 31
+    assert len(data_init.calibration_batches("data", several[:29])) == 29
+    monkeypatch.setattr(data_init, "TOGETHER", 24)
+    plain = [{"input_ids": row[None]} for row in ids]
+    assert len(data_init.calibration_batches("data", plain)) == 15  # of two rows of 12 tokens

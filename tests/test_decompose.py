@@ -298,3 +298,14 @@ def test_weights_that_are_not_finite(bad, dtype):
 def test_what_does_not_fit(weight, shapes, text):
     with pytest.raises(ShapeError, match="^nearest_kronecker: .*" + re.escape(text)):
         nearest_kronecker(weight, shapes)
+
+
+@pytest.mark.parametrize("spec", SHAPES)
+def test_a_term_of_size_zero_can_still_learn(spec):
+    shape = KroneckerShape.parse(f"2:{spec}")
+    (a,), (b,), _ = nearest_kronecker(torch.zeros(shape.out_features, shape.in_features), [shape])
+    assert not kron_weight([a], [b]).any()
+    pair = [t.clone().requires_grad_() for t in (a, b)]
+    torch.manual_seed(0)
+    (kron_weight([pair[0]], [pair[1]]) * torch.randn(kron_weight([a], [b]).shape)).sum().backward()
+    assert any(t.grad.abs().max() > 0 for t in pair)

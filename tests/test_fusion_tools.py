@@ -326,3 +326,23 @@ def test_compiled_to_machine_code():
     torch._dynamo.reset()
     found = gradients(torch.compile(ours, fullgraph=True))
     assert_same({n.removeprefix("_orig_mod."): g for n, g in found.items()}, expected)
+
+
+def test_a_mask_seen_in_inference_mode_serves_training():
+    """The sums of the last mask are kept: for a step that follows they may not be inference's."""
+    config = transformers.BertConfig(
+        **SMALL,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    student = kronbert.fuse(kronbert.convert(transformers.BertModel(config), factor=2)).eval()
+    mask = torch.ones(len(IDS), 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool)
+    with torch.inference_mode():
+        student(IDS, attention_mask=mask)
+    student.train()
+    student(IDS, attention_mask=mask).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in student.encoder.parameters())

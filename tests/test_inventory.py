@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertModel
 
+import kronbert
 from kronbert import PlanError
 from kronbert.inventory import inventory, swap
 
@@ -100,3 +101,22 @@ def test_swap_reaches_every_place_of_a_module():
     assert model["a"] is new
     assert model["b"][0] is new
     assert isinstance(model["b"][1], nn.Linear)
+
+
+def test_a_weight_shared_with_what_is_not_listed_stays_dense():
+    class Table(nn.Embedding):
+        """As BART's scaled one: it may compute something else."""
+
+    model = nn.Sequential(Table(300, 16), nn.Linear(16, 16), nn.Linear(16, 300, bias=False))
+    model[2].weight = model[0].weight
+    assert {layer.name: layer.dense_because for layer in inventory(model).layers} == {
+        "1": None, "2": "it shares its weight with '0.weight'"
+    }  # fmt: skip
+    student = kronbert.convert(model, rules={"1": {"rank": 2}})
+    assert student[2].weight is student[0].weight
+    assert sum(p.numel() for p in student.parameters()) == student.kronecker_plan.parameters
+    bare = nn.Linear(16, 300)
+    bare.register_parameter("also", bare.weight)
+    bare = nn.Sequential(nn.Linear(16, 16), bare)
+    bare.register_parameter("table", bare[1].weight)
+    assert inventory(bare).layers[1].dense_because == "it shares its weight with 'table'"

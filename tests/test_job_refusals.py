@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from kronbert import job as job_module
+from kronbert.distill.data import load_folder
 from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
+from kronbert.job_models import has_masked_lm, open_teacher
 from tests.job_runs import settings_for, task_of_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "hurried_report")
@@ -159,6 +161,9 @@ def test_output_folders(refuse, finished, tmp_path, monkeypatch):
     refuse(CheckpointError, r"cannot be written \(Not a directory", output=tmp_path / "file/out")
     (tmp_path / "taken" / "teacher").mkdir(parents=True)
     refuse(CheckpointError, "holds teacher, but no state.json", output=tmp_path / "taken")
+    for name in ("start", "intermediate", "task-run", "teacher-outputs", "report.md"):
+        (tmp_path / name / name).mkdir(parents=True)
+        refuse(CheckpointError, f"holds {name}, but no state.json", output=tmp_path / name)
     usage = shutil.disk_usage(tmp_path)._replace(free=2**10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     refuse(CheckpointError, "0 MiB free, about 1 MiB needed")
@@ -196,3 +201,29 @@ def test_diverged_teacher_is_no_result(tiny_bert, tiny_task, tmp_path):
     with pytest.raises(DistillError, match=r"the teacher gives NaN .* --teacher-learning-rate"):
         compress(settings, lambda _: None)
     assert not (tmp_path / "out" / "teacher").exists()
+
+
+def test_a_base_model_with_missing_weights(refuse, tiny_bert, tiny_task, tmp_path):
+    """A new head and a pooler that was not saved may be random, nothing else."""
+    from safetensors.torch import load_file, save_file
+
+    def changed(name, change):
+        folder = shutil.copytree(tiny_bert, tmp_path / name)
+        weights = change(load_file(folder / "model.safetensors"))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return str(folder)
+
+    without = changed("layer", lambda w: {k: v for k, v in w.items() if "layer.1." not in k})
+    refuse(DistillError, r"layer: without bert\.encoder\.layer\.1.*random numbers", model=without)
+    renamed = changed("ddp", lambda w: {f"module.{k}": v for k, v in w.items()})
+    refuse(DistillError, r"ddp: without bert\.embeddings", model=renamed)
+    bare = changed("bare", lambda w: {k: v for k, v in w.items() if "pooler" not in k})
+    assert open_teacher(bare, load_folder(tiny_task).task)[1] is False
+
+
+def test_a_discriminator_has_no_masked_lm_head(tiny_bert):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    heads = {"BertForMaskedLM": True, "BertForPreTraining": True, "ElectraForMaskedLM": True,
+             "ElectraForPreTraining": False, "BertModel": False}  # fmt: skip
+    for name, expected in heads.items():
+        assert has_masked_lm(BertConfig(architectures=[name]), tokenizer) is expected

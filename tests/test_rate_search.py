@@ -89,6 +89,13 @@ def test_results_of_another_search_are_refused(student, rows, tokenizer, tmp_pat
     other = replace(STAGE, weight_decay=0.5)
     with pytest.raises(DistillError, match=r"result of another search \(other stage\)"):
         search_rates(student, None, other, rows, tmp_path, [1e-4], **given)
+    labels = [1 - label for label in rows.train["labels"]]
+    train = rows.train.remove_columns("labels").add_column("labels", labels)
+    with pytest.raises(DistillError, match=r"result of another search \(other data\)"):
+        search_rates(student, None, STAGE, replace(rows, train=train), tmp_path, [1e-4], **given)
+    bf16 = {**given, "precision": "bf16"}
+    with pytest.raises(DistillError, match=r"result of another search \(other precision\)"):
+        search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **bf16)
     with torch.no_grad():
         student.classifier.bias += 1
     with pytest.raises(DistillError, match=r"result of another search \(other student\)"):
@@ -132,3 +139,17 @@ def test_what_the_search_refuses(change, text, student, rows, tokenizer, tmp_pat
     given = {"rates": RATES, "tokenizer": tokenizer} | change
     with pytest.raises(DistillError, match=text):
         search_rates(student, None, STAGE, rows, tmp_path, **given)
+
+
+def test_a_checkpoint_of_another_search_is_not_gone_on_from(
+    student, rows, tokenizer, tmp_path, monkeypatch
+):
+    given = {"tokenizer": tokenizer, "precision": "fp32", "max_steps": 1}
+    monkeypatch.setattr(rate_search, "_score", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **given)
+    monkeypatch.undo()
+    other = replace(STAGE, weight_decay=0.5)
+    with pytest.raises(DistillError, match=r"asked.json: .*another search \(other stage\)"):
+        search_rates(student, None, other, rows, tmp_path, [1e-4], **given)
+    search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **given)

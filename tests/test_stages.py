@@ -53,6 +53,7 @@ def test_batch_size_is_shared_among_processes(tmp_path, monkeypatch):
         (lambda: Stage.from_dict({"lr": 1}), "unknown key 'lr'"),
         (lambda: Stage.from_dict({"name": "x"}), "needs name, objective, learning_rate and epochs"),
         (lambda: a_stage().to_arguments("x", learning_rat=1), "learning_rat"),
+        (lambda: a_stage(pieces=(8,)).to_arguments("x"), r"pieces=\(8,\).: .*run_stage"),
     ],
 )
 def test_what_a_stage_refuses(make, text):

@@ -18,6 +18,7 @@ from transformers import (
 
 from kronbert.distill import Objective, Stage, Term, teacher_cache
 from kronbert.distill.data import load_folder, tokenize
+from kronbert.distill.digests import rows_digest
 from kronbert.distill.finetune import run_stage
 from kronbert.distill.teacher_cache import (
     TEACHER_LOGITS,
@@ -25,7 +26,6 @@ from kronbert.distill.teacher_cache import (
     TEACHER_STATES,
     WithStates,
     model_digest,
-    rows_digest,
     with_teacher,
 )
 from kronbert.errors import DistillError
@@ -361,3 +361,18 @@ def test_what_does_not_go_together_is_said_before_the_computation(
 
 def test_stage_survives_json():
     assert Stage.from_json(STAGE.to_json()) == STAGE
+
+
+def test_a_note_of_lost_parts_skips_no_rows(monkeypatch, tiny_bert, rows, tokenizer, tmp_path):
+    monkeypatch.setattr(teacher_cache, "SAVED_EVERY", 4)
+    given = {"tokenizer": tokenizer, "batch_size": 16, "layers": (0, 1)}
+    _, whole = with_teacher(rows.train, a_teacher(tiny_bert), tmp_path / "a", **given)
+    teacher = a_teacher(tiny_bert)
+    with cut_after(5, teacher):
+        with_teacher(rows.train, teacher, tmp_path / "b", **given)
+    next((tmp_path / "b").glob("*-states.part")).unlink()
+    with cut_after(2, teacher):
+        with_teacher(rows.train, teacher, tmp_path / "b", **given)
+    taught, again = with_teacher(rows.train, teacher, tmp_path / "b", **given)
+    assert np.array_equal(whole.values, again.values)
+    assert all(any(row) for row in taught["teacher_logits"])

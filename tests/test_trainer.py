@@ -288,10 +288,16 @@ def test_public_names():
 
 
 def test_stage_to_trainer(tmp_path):
-    stage = Stage(name="task", objective=TASK, learning_rate=1e-3, epochs=1, batch_size=16)
+    told = {"learning_rate": 1e-3, "epochs": 1, "batch_size": 16, "dropout": 0.25}
+    stage = Stage(name="task", objective=TASK, **told)
     args = stage.to_arguments(tmp_path, use_cpu=True, report_to="none", save_strategy="no")
+    student, seen = a_model(1), set()
+    before = {m: m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)}
+    for module in before:
+        module.register_forward_hook(lambda m, *_: seen.add(m.p))
+    assert set(before.values()) == {0.0}
     trainer = DistillTrainer(
-        a_model(1),
+        student,
         args,
         teacher=a_model(2),
         objective=stage.objective,
@@ -299,3 +305,5 @@ def test_stage_to_trainer(tmp_path):
         data_collator=collate,
     )
     assert trainer.train().global_step == 4
+    assert seen == {0.25}
+    assert {m: m.p for m in before} == before

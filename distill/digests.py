@@ -1,0 +1,40 @@
+"""Hashes of rows: whether a run goes on with the data that it began with."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+import pyarrow
+
+if TYPE_CHECKING:
+    from kronbert.distill.data import TaskData
+
+
+def data_digest(data: TaskData) -> str:
+    """Of a task's training and dev rows, labels and texts (or tokens) included."""
+    seen = hashlib.sha256()
+    for name, rows in {"train": data.train, **data.validation}.items():
+        seen.update(f"{name} {rows_digest(rows)} ".encode())
+    if data.unlabelled is not None:
+        seen.update(rows_digest(data.unlabelled).encode())
+    return seen.hexdigest()[:16]
+
+
+def rows_digest(rows: datasets.Dataset) -> str:
+    """A hash of the columns' names and values, in the rows' order."""
+    seen = hashlib.sha256()
+    table = rows.with_format("arrow")
+    for start in range(0, len(rows), 10_000):
+        batch = table[start : start + 10_000]
+        for name in sorted(batch.column_names):
+            values = batch.column(name).combine_chunks()
+            seen.update(name.encode())
+            if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+                seen.update(np.asarray(values.value_lengths()).tobytes())
+                seen.update(values.flatten().to_numpy(zero_copy_only=False).tobytes())
+            else:
+                seen.update(repr(values.to_pylist()).encode())
+    return seen.hexdigest()

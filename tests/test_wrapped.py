@@ -1,0 +1,50 @@
+"""Models of transformers inside another module: converted, saved, loaded and merged there."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, BertConfig, BertModel
+
+import kronbert
+from tests.small_berts import IDS, SMALL
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.out = BertModel(BertConfig(**SMALL)), nn.Linear(48, 48)
+
+
+def loaded(folder):
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    return model.eval()
+
+
+def test_an_inner_model_saves_its_own_layers(tmp_path):
+    model = Wrapper().eval()
+    student = kronbert.convert(model, factor=3, keep=())
+    assert not hasattr(model.encoder.config, "quantization_config")
+    student.encoder.save_pretrained(tmp_path / "student")
+    again = loaded(tmp_path / "student")
+    assert torch.equal(again(IDS).last_hidden_state, student.encoder(IDS).last_hidden_state)
+    assert again.kronecker_plan.dense_parameters == model.encoder.num_parameters()
+    assert isinstance(student.out, kronbert.KroneckerLinear)
+    merged = kronbert.merge(student)
+    merged.encoder.save_pretrained(tmp_path / "dense")
+    dense = loaded(tmp_path / "dense")
+    assert not hasattr(dense, "kronecker_plan")
+    torch.testing.assert_close(
+        dense(IDS).last_hidden_state, again(IDS).last_hidden_state, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_sentence_transformer_is_saved_by_itself(tiny_bert, tmp_path):
+    kind = pytest.importorskip("sentence_transformers").SentenceTransformer
+    model = kind(str(tiny_bert), device="cpu")
+    student = kronbert.convert(model, rules={"re:.*dense": {"rank": 2}})
+    student.save_pretrained(str(tmp_path / "student"))
+    again = kind(str(tmp_path / "student"), device="cpu")
+    assert any(isinstance(m, kronbert.KroneckerLinear) for m in again.modules())
+    texts = ["a good film", "a bad one"]
+    assert (again.encode(texts) == student.encode(texts)).all()
