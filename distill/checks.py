@@ -28,6 +28,12 @@ MLM_HEADS = {
 """Classes with a masked-LM head. Those two tell replaced tokens from others instead."""
 
 
+def has_masked_lm(config: Any, tokenizer: Any) -> bool:
+    """Whether a checkpoint carries a masked-LM head, which stage 1 can train with."""
+    saved_as = (config.architectures or [""])[0]
+    return saved_as in MLM_HEADS and tokenizer.mask_token is not None
+
+
 def check_pair(
     student: nn.Module,
     teacher: nn.Module | None,

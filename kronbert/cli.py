@@ -229,11 +229,10 @@ def report(
     import kronbert
 
     from .job_models import open_model
-    from .reporting import check_report_folder
 
     if output is not None:
         writable(output)
-        check_report_folder(output)
+        kronbert.Report.check_folder(output)
 
     made = kronbert.report(
         open_model(student), open_model(teacher) if teacher else None, latency=latency

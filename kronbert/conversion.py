@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import KroneckerConfig
@@ -184,6 +183,8 @@ def _saved(model: nn.Module) -> dict[str, Any]:
     """What transformers saves, with a config that can hold a plan: name in ``model`` -> model.
 
     The model itself, or those that a wrapper holds (SentenceTransformer, one's own)."""
+    from transformers import PreTrainedModel
+
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)

@@ -18,7 +18,6 @@ from .job_models import (
     check_finite,
     check_tokenizer,
     class_names,
-    has_masked_lm,
     longest,
     open_encoder,
     open_pretrained,
@@ -89,9 +88,10 @@ class _Job:
             folder.state["start"] = self._choose_start()
         sizes = {name: len(rows) for name, rows in self.data.validation.items()}
         what = f"{self.data.source}; {len(self.data.train)} train, {sizes}"
-        folder.begin(f"{what}; {data_digest(self.data)}")
+        folder.begin(what, data_digest(self.data))
 
     def _make_stages(self, config: Any, most: int) -> None:
+        from .distill.checks import has_masked_lm
         from .distill.finetune import labels_only, use_bf16
         from .distill.recipes.kronbert import kronbert
         from .distill.recipes.kroneckerbert import kroneckerbert

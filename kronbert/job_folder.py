@@ -67,14 +67,21 @@ class JobFolder:
             )
         return state
 
-    def begin(self, data: str) -> None:
-        """Write the state before anything is trained. data: what the rows are and how many."""
-        if self.state["data"] not in (None, data):
+    def begin(self, data: str, digest: str) -> None:
+        """Write the state before anything is trained. data: what the rows are and how many; digest:
+        of their contents."""
+        before = self.state["data"]
+        if before not in (None, data):
             raise CheckpointError(
-                f"{self.path}: began with the data {self.state['data']!r}, which is {data!r} now. "
+                f"{self.path}: began with the data {before!r}, which is {data!r} now. "
                 "Restore the data to resume, or choose another --output."
             )
-        self.state["data"] = data
+        if self.state.get("digest") not in (None, digest):
+            raise CheckpointError(
+                f"{self.path}: began with the data {before!r}, whose contents are others now. "
+                "Restore the data to resume, or choose another --output."
+            )
+        self.state |= {"data": data, "digest": digest}
         self._write()
 
     def began(self) -> bool:

@@ -133,14 +133,6 @@ def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
     return model, True
 
 
-def has_masked_lm(config: Any, tokenizer: Any) -> bool:
-    """Whether a checkpoint carries a masked-LM head, which stage 1 can train with."""
-    from .distill.checks import MLM_HEADS
-
-    saved_as = (config.architectures or [""])[0]
-    return saved_as in MLM_HEADS and tokenizer.mask_token is not None
-
-
 def class_names(model: Any) -> list[str] | None:
     """The model's own names of its classes; None where it has the library's LABEL_0, LABEL_1."""
     config = model.config

@@ -16,7 +16,6 @@ from .job_folder import JobFolder, Say, write_whole
 from .job_models import (
     check_finite,
     check_tokenizer,
-    has_masked_lm,
     longest,
     model_name,
     open_encoder,
@@ -124,6 +123,9 @@ class _Pretraining:
     def __init__(self, settings: PretrainSettings, folder: JobFolder) -> None:
         from transformers import AutoConfig
 
+        from .distill.checks import has_masked_lm
+        from .distill.digests import rows_digest
+
         self.settings, self.folder = settings, folder
         self.config = open_pretrained(AutoConfig, settings.model)
         self.tokenizer = open_tokenizer(settings.model)
@@ -141,13 +143,11 @@ class _Pretraining:
             check_tokenizer(self.teacher, self.tokenizer, settings.model)
             self.student = self._make_student()
             folder.need_space(self.student.num_parameters())
-        from .distill.digests import rows_digest
-
         blocks, held_out = self.blocks, self.held_out
         said = f"{len(blocks)} blocks of {self.stage.max_length} tokens"
         if held_out is not None:
             said += f", {len(held_out)} held out"
-        folder.begin(f"{said}; {rows_digest(blocks)[:16]}")
+        folder.begin(said, rows_digest(blocks)[:16])
 
     def _make_stage(self) -> Any:
         from .distill.finetune import use_bf16

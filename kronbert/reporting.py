@@ -130,12 +130,25 @@ class Report:
             lines += [*map(_row, rows), ""]
         return "\n".join([*lines, *_notes(self)])
 
+    @staticmethod
+    def check_folder(folder: Path) -> None:
+        """Raise `ReportError` where report.json is none of `save`'s: a job's, or a student's."""
+        file = folder / "report.json"
+        try:
+            own = not file.exists() or "environment" in json.loads(file.read_text())
+        except (OSError, ValueError, TypeError):
+            own = False
+        if not own:
+            raise ReportError(
+                f"{file}: of another command, which reads it again. Choose another folder."
+            )
+
     def save(self, folder: str | Path) -> None:
         """Write report.json, report.md and, where there are errors, error_per_layer.png.
 
         Replaces a report of before; `ReportError` where another command's would be."""
         target = Path(folder)
-        check_report_folder(target)
+        self.check_folder(target)
         text = f"# kronbert report: {self.student.name}\n\n{self.to_markdown()}\n"
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -172,22 +185,6 @@ class Report:
                 table.add_row(*row)
             parts.append(table)
         return Group(*parts, *_notes(self))
-
-
-def check_report_folder(folder: Path) -> None:
-    """Raise `ReportError` where report.json is none of `Report.save`'s: a job's, or a student's."""
-    file = folder / "report.json"
-    if not file.exists():
-        return
-    try:
-        own = "environment" in json.loads(file.read_text())
-    except (OSError, ValueError, TypeError):
-        own = False
-    if not own:
-        raise ReportError(
-            f"{file}: of another command, such as compress or pretrain-student, which reads it "
-            "again. Nothing is overwritten: choose another folder."
-        )
 
 
 def report(
@@ -327,13 +324,9 @@ def _bytes_by_dtype(model: nn.Module) -> dict[str, int]:
 
 
 def _figures_to_json(figures: ModelFigures) -> dict[str, Any]:
-    return {
-        "name": figures.name,
-        "parameters": figures.parameters,
-        "bytes": figures.bytes,
-        "bytes_by_dtype": dict(figures.bytes_by_dtype),
-        "linear_flops": figures.linear_flops,
-    }
+    names = ("name", "parameters", "bytes", "linear_flops")
+    told = {name: getattr(figures, name) for name in names}
+    return {**told, "bytes_by_dtype": dict(figures.bytes_by_dtype)}
 
 
 def _figures_from_json(
@@ -347,7 +340,6 @@ def _tables(made: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows): what every form of the report shows."""
     sides = [side for side in (made.teacher, made.student) if side is not None]
     header = ["", *(["teacher", "student", "teacher / student"] if made.teacher else ["student"])]
-    mib = 2**20
 
     def row(label: str, cells: list[str], ratio: float | None) -> list[str]:
         return [label, *cells, *([f"{ratio:.2f}" if ratio else ""] if made.teacher else [])]
@@ -357,13 +349,10 @@ def _tables(made: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
             return None
         return getattr(made.teacher, name) / getattr(made.student, name)
 
+    stored = [f"{side.bytes / 2**20:.2f} ({side.dtype})" for side in sides]
     rows = [
         row("parameters", [f"{side.parameters:,}" for side in sides], made.factor),
-        row(
-            "stored weights, MiB",
-            [f"{side.bytes / mib:.2f} ({side.dtype})" for side in sides],
-            over("bytes"),
-        ),
+        row("stored weights, MiB", stored, over("bytes")),
         row(
             f"linear layers, MFLOP per {made.sequence_length} tokens",
             [f"{side.linear_flops / 1e6:,.1f}" for side in sides],
@@ -372,9 +361,8 @@ def _tables(made: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     ]
     for batch in made.student.latency:
         label = f"latency at batch {batch}, ms (p20-p80)"
-        rows.append(
-            row(label, [_ms(s.latency[batch]) for s in sides], made.latency_ratio.get(batch))
-        )
+        times = [_ms(side.latency[batch]) for side in sides]
+        rows.append(row(label, times, made.latency_ratio.get(batch)))
     yield "Size and speed", header, rows
     if made.errors:
         layers: dict[str, list[float]] = {}

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from kronbert import job as job_module
+from kronbert.distill.checks import has_masked_lm
 from kronbert.distill.data import load_folder
 from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
-from kronbert.job_models import has_masked_lm, open_teacher
+from kronbert.job_models import open_teacher
 from tests.job_runs import settings_for, task_of_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "hurried_report")
