@@ -24,7 +24,8 @@ def collect(sources: list[Path], target: Path) -> dict[str, Any]:
     """Write every result.json below the folders among ``sources`` into one JSON, a line per run;
     returns it. A file among them is such a JSON of earlier: its runs stay, with their teachers, but
     for those that a folder has anew. Teachers are made anew where their folders are gone, so every
-    student is held against its own.
+    student is held against its own; one that taught none of its task's students goes, but where
+    other tasks' teachers go on from it.
 
     Refused (`DataError`): a run that two folders have with different scores, trials (--limit)
     beside whole runs, a student without its teacher, text that looks like a path of this machine.
@@ -50,7 +51,8 @@ def collect(sources: list[Path], target: Path) -> dict[str, Any]:
     _check(rows)
     runs = [row for row in rows if row["student"] != "teacher"]
     taught = {(row["task"], row["teacher_digest"]) for row in runs}
-    tasks = {task for task, _ in taught}
+    gone_on_from = {row["start"] for row in rows if row["student"] == "teacher"}
+    tasks = {task for task, _ in taught} - gone_on_from
     teachers = [
         row
         for row in rows

@@ -90,25 +90,20 @@ def calibration_batches(init: str, calibration: Iterable[Any] | None) -> list[An
 def _joined(batches: Sequence[Any]) -> list[Any]:
     """Batches of one form put together: every batch costs two threads (`kronbert.walk`), and
     single sentences are batches too."""
-    joined: dict[Any, list[Any]] = {}
-    left: list[Any] = []
+    forms: dict[Any, list[Any]] = {}
+    joined: list[Any] = []
     for batch in batches:
         tensors = batch if isinstance(batch, Mapping) else {"": batch}
-        if not all(isinstance(x, Tensor) and x.dim() for x in tensors.values()):
-            left.append(batch)
-            continue
-        form = tuple((name, x.shape[1:], x.dtype, x.device) for name, x in tensors.items())
-        rows = {len(x) for x in tensors.values()}
-        if len(rows) > 1:
-            left.append(batch)
-            continue
-        joined.setdefault(form, []).append(batch)
-    for alike in joined.values():
-        while alike:
-            most = max(1, TOGETHER // max(1, _tokens(alike[0], 0)))
-            left.append(_one(alike[:most]))
-            del alike[:most]
-    return left
+        plain = all(isinstance(x, Tensor) and x.dim() for x in tensors.values())
+        if plain and len({len(x) for x in tensors.values()}) == 1:
+            form = tuple((name, x.shape[1:], x.dtype, x.device) for name, x in tensors.items())
+            forms.setdefault(form, []).append(batch)
+        else:
+            joined.append(batch)
+    for alike in forms.values():
+        most = max(1, TOGETHER // max(1, _tokens(alike[0], 0)))
+        joined += [_one(alike[i : i + most]) for i in range(0, len(alike), most)]
+    return joined
 
 
 def _one(batches: Sequence[Any]) -> Any:

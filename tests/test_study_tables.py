@@ -126,6 +126,10 @@ def test_collect_adds_to_what_was_collected_before(modules, tmp_path):
     (tmp_path / "old/sst2/kronbert-1/result.json").unlink()
     put("new", {**result("sst2", "kronbert", 8.0, 1, 0.5), "teacher_digest": "d2"})
     assert gather("all.json", "new") == ({(1, 0.5), (2, 0.75), (3, 0.65)}, ["d2"])
+    put("spare", first)
+    assert gather("all.json", "new", "spare")[1] == ["d2"]
+    put("new", {**result("rte", "teacher", 1.0, 42, 0.6), "digest": "d3", "start": "sst2"})
+    assert sorted(gather("all.json", "new", "spare")[1]) == ["d1", "d2", "d3"]
 
 
 def test_short_table_has_students_with_every_task(modules, results):
