@@ -367,14 +367,15 @@ def _whole(checkpoint: Path, averaged: bool) -> bool:
 
 def use_bf16(precision: str) -> bool:
     """Whether to train under bf16 autocast: "bf16", "fp32", or "auto" (where it is fast: CUDA
-    devices with bf16, CPUs with AMX tiles)."""
+    devices with bf16, CPUs with AMX tiles or AVX-512's bf16 products; on one thread of an AMD EPYC
+    with the latter, Zen 4, a step of a MiniLM student takes 0.63 to 0.80 of its time in fp32)."""
     if precision not in ("auto", "bf16", "fp32"):
         raise DistillError(f"precision={precision!r}: expected 'auto', 'bf16' or 'fp32'.")
     if precision != "auto":
         return precision == "bf16"
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    return "amx_tile" in _cpu_flags()
+    return not {"amx_tile", "avx512_bf16"}.isdisjoint(_cpu_flags().split())
 
 
 def _cpu_flags() -> str:

@@ -233,7 +233,9 @@ def test_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(finetune, "_cpu_flags", lambda: "flags: avx512f amx_bf16 amx_tile")
     assert use_bf16("auto")
-    monkeypatch.setattr(finetune, "_cpu_flags", lambda: "flags: avx2")
+    monkeypatch.setattr(finetune, "_cpu_flags", lambda: "flags: avx512f avx512_bf16")
+    assert use_bf16("auto")
+    monkeypatch.setattr(finetune, "_cpu_flags", lambda: "flags: avx2 avx512f avx512_bf16_fp")
     assert not use_bf16("auto")
     with pytest.raises(DistillError, match="expected 'auto', 'bf16' or 'fp32'"):
         use_bf16("fp16")
