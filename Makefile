@@ -13,6 +13,7 @@ PIP_FLAGS ?=
 DATA_DIR ?=
 OUTPUT ?= runs/demo
 TESTS ?= tests
+WORKERS ?= 2
 THREADS ?= 2
 
 VENV := .venv
@@ -40,10 +41,10 @@ $(BENCH_INSTALLED): $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/kronbert demo --output "$(OUTPUT)" $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
-# Two threads: the figures of a test run mean the same on every machine, and no test asks for more.
+# Workers of one thread each: a file's tests stay in one, and share what the file has made.
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(if $(DATA_DIR),KRONBERT_DATA_DIR="$$(cd "$(DATA_DIR)" && pwd)") \
-		$(BIN)/python -m pytest -q --ignore=tests/benchmarks $(TESTS)
+	@OMP_NUM_THREADS=1 $(if $(DATA_DIR),KRONBERT_DATA_DIR="$$(cd "$(DATA_DIR)" && pwd)") \
+		$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/benchmarks $(TESTS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
