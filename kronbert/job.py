@@ -48,9 +48,21 @@ def compress(settings: CompressSettings, say: Say = print, data: Any = None) -> 
         with quiet():
             _Job(settings, folder, data).run()
     else:
-        say(f"finished before: {folder.path / 'report.md'}")
+        looked = "the data were not read again"
+        if data is not None:
+            _begin(folder, data)
+            looked = "with these data"
+        say(f"finished before: {folder.path / 'report.md'} ({looked})")
     content: dict[str, Any] = json.loads(report.read_text())
     return content
+
+
+def _begin(folder: JobFolder, data: Any) -> None:
+    """`JobFolder.begin` with these data, or the error that says that it began with others."""
+    from .distill.digests import data_digest
+
+    sizes = {name: len(rows) for name, rows in data.validation.items()}
+    folder.begin(f"{data.source}; {len(data.train)} train, {sizes}", data_digest(data))
 
 
 class _Job:
@@ -60,7 +72,6 @@ class _Job:
         from transformers import AutoConfig
 
         from .distill.data import tokenize
-        from .distill.digests import data_digest
 
         self.settings, self.folder = settings, folder
         self.wanted: dict[str, Any] = {"factor": settings.factor, "preset": settings.preset}
@@ -86,9 +97,7 @@ class _Job:
             _ = self.blocks
         if not folder.began():
             folder.state["start"] = self._choose_start()
-        sizes = {name: len(rows) for name, rows in self.data.validation.items()}
-        what = f"{self.data.source}; {len(self.data.train)} train, {sizes}"
-        folder.begin(what, data_digest(self.data))
+        _begin(folder, self.data)
 
     def _make_stages(self, config: Any, most: int) -> None:
         from .distill.checks import has_masked_lm

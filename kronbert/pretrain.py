@@ -109,7 +109,7 @@ def pretrain_student(settings: PretrainSettings, say: Say = print) -> dict[str, 
     folder = JobFolder(settings.output, asdict(settings), say)
     report = folder.path / "report.json"
     if folder.done("report") and report.is_file():
-        say(f"finished before: {report}")
+        say(f"finished before: {report} (the text was not read again)")
     else:
         with quiet():
             _Pretraining(settings, folder).run()

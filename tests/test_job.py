@@ -104,7 +104,19 @@ def test_second_call_reads_the_state(finished, monkeypatch):
     monkeypatch.setattr(job_module, "_Job", None)  # nothing is opened, nothing is run
     said = []
     assert compress(settings, said.append) == content
-    assert said == [f"finished before: {folder / 'report.md'}"]
+    assert said == [f"finished before: {folder / 'report.md'} (the data were not read again)"]
+
+
+def test_second_call_looks_at_data_of_the_caller(finished, tiny_task, monkeypatch):
+    """A notebook's next data set, and the output folder of the last one."""
+    folder, settings, content, _ = finished
+    monkeypatch.setattr(job_module, "_Job", None)
+    data, said = load_folder(tiny_task), []
+    assert compress(settings, said.append, data) == content
+    assert said == [f"finished before: {folder / 'report.md'} (with these data)"]
+    turned = replace(data, train=data.train.select([1, 0, *range(2, len(data.train))]))
+    with pytest.raises(CheckpointError, match=r"began with the data .*contents are others"):
+        compress(settings, said.append, turned)
 
 
 def test_a_lost_report_is_written_again(finished):

@@ -107,7 +107,7 @@ def test_curve_and_report(finished, texts, tiny_bert):
     assert not list(folder.glob("*-run"))
     again = []
     assert pretrain_student(settings, again.append) == report
-    assert again == [f"finished before: {folder / 'report.json'}"]
+    assert again == [f"finished before: {folder / 'report.json'} (the text was not read again)"]
 
 
 def test_model_card_has_the_reports_numbers(finished):
