@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.models.auto.modeling_auto import (
@@ -16,6 +17,8 @@ from transformers.models.auto.modeling_auto import (
 from kronbert.distill import layer_maps
 from kronbert.distill.objectives import Objective
 from kronbert.errors import DistillError
+
+HALF = (torch.float16, torch.bfloat16)
 
 # Equal vocabularies that lower-case or strip accents differently give other ids for this.
 _PROBE = "Kronecker's Ünïted products, 12.5 % of naïve BERT"
@@ -47,6 +50,15 @@ def check_pair(
             f"no parameter of the student ({type(student).__name__}) requires a gradient, so "
             "nothing would be learnt: a teacher that an earlier DistillTrainer froze, or a student "
             "converted from one? Call student.requires_grad_(True)."
+        )
+    trained = ((name, p) for name, p in student.named_parameters() if p.requires_grad)
+    half = next(((name, p.dtype) for name, p in trained if p.dtype in HALF), None)
+    if half is not None:
+        kind = str(half[1]).removeprefix("torch.")
+        raise DistillError(
+            f"the student's {half[0]!r} is in {kind}, which loses the optimiser's steps. Load "
+            "it with dtype=torch.float32 (or call student.float()), and train with bf16=True or "
+            "fp16=True: autocast computes in half precision and keeps the weights whole."
         )
     if "mlm" in objective.taps and type(student).__name__ not in MLM_HEADS:
         raise DistillError(

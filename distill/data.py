@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ TEXT_COLUMNS = (
     ("text1", "text2"), ("question", "sentence"), ("sentence",), ("text",), ("review",),
     ("question",), ("content",),
 )  # fmt: skip
+MANY = 12
+"""Classes that an error names."""
+
 LABEL_COLUMNS = ("label", "score", "labels", "target", "class")
 
 
@@ -95,6 +100,8 @@ def _dataset(tables: list[Table], task: Task) -> datasets.Dataset:
     for table in tables:
         for name in task.text:
             values = table.columns[table.column(name)]
+            if name == task.text[-1] != task.text[0]:  # a pair's second text may be missing
+                values = ["" if value is None else value for value in values]
             for row, value in enumerate(values):
                 if not isinstance(value, str):
                     raise DataError(
@@ -105,13 +112,22 @@ def _dataset(tables: list[Table], task: Task) -> datasets.Dataset:
         for row, value in enumerate(table.columns[label]):
             code = task.encode(value)
             if code is None:
-                expected = ", ".join(task.labels) if task.labels else "a finite number"
                 raise DataError(
                     f"{table.where(row)}: unknown label {value!r} in column {label!r}: expected "
-                    f"{expected}. Correct or remove the row."
+                    f"{_expected(task)}. Correct or remove the row."
                 )
             columns[task.label].append(code)
     return datasets.Dataset.from_dict(columns, features=_features(task))
+
+
+def _expected(task: Task) -> str:
+    if task.labels is None:
+        return "a finite number"
+    said = ", ".join(task.labels[:MANY])
+    if len(task.labels) > MANY:
+        said += f", ... ({len(task.labels)} classes)"
+    whole = task.hub is None and all(name.lstrip("-").isdigit() for name in task.labels)
+    return f"{said}, or scores (regression=True, --regression)" if whole else said
 
 
 def _features(task: Task) -> datasets.Features:
@@ -186,7 +202,7 @@ def load_task(
 
     limit, limit_validation: at most so many rows, drawn with ``seed``; ``source`` then says so.
     """
-    if isinstance(task, Path) or (isinstance(task, str) and _is_folder(task)):
+    if isinstance(task, Path) or (isinstance(task, str) and is_folder(task)):
         if data_dir is not None:
             raise DataError(f"task {str(task)!r} is a folder itself: leave --data-dir out.")
         return load_folder(task, limit=limit, limit_validation=limit_validation, seed=seed)
@@ -212,8 +228,9 @@ def load_task(
     return _limited(data, limit, limit_validation, seed)
 
 
-def _is_folder(name: str) -> bool:
+def is_folder(name: str | Path) -> bool:
     """A path by its looks, or a folder that is not named like a GLUE task."""
+    name = str(name)
     try:
         get_task(name)
     except DataError:
@@ -227,6 +244,8 @@ def load_folder(
     text: str | tuple[str, ...] | None = None,
     label: str | None = None,
     regression: bool | None = None,
+    numbers_are_scores: bool | None = None,
+    classes: Sequence[str] | None = None,
     max_length: int = 128,
     limit: int | None = None,
     limit_validation: int | None = None,
@@ -235,8 +254,9 @@ def load_folder(
     """Any folder with train.* and dev.* (or validation.*, else test.*).
 
     Columns are inferred from their names where only one reading exists. Class names are those of
-    train, sorted (numbers by size); floats, written with a point, are scores of a regression
-    unless ``regression`` says otherwise.
+    train, sorted (numbers by size), or in the order of ``classes`` if these are the same but for
+    their case. ``regression`` says whether labels are scores; None: numbers are, if they are
+    written with a point, or as ``numbers_are_scores`` says.
     """
     folder = Path(folder)
     tables = [read_table(p) for p in _files(folder, ("validation",))[0]]
@@ -245,19 +265,29 @@ def load_folder(
     column = first.column(label) if label else first.column(*LABEL_COLUMNS)
     values = [v for t in tables for v in t.columns[t.column(column)]]
     if regression is None:
-        regression = _is_score(values)
+        regression = _are_numbers(values) and (
+            _have_points(values) if numbers_are_scores is None else numbers_are_scores
+        )
     for table in tables:
         for row, value in enumerate(table.columns[column]):
             if value is None or not str(value).strip():
                 raise DataError(
                     f"{table.where(row)}: no label in column {column!r}: remove the row."
                 )
+            if isinstance(value, list | dict):
+                raise DataError(
+                    f"{table.where(row)}: label {value!r} in column {column!r}: expected one class "
+                    "or one number a row; tasks of several labels a row are not known."
+                )
     names = None if regression else tuple(sorted({str(v).strip() for v in values}, key=_by_size))
     if names is not None and len(names) < 2:
         raise DataError(
             f"{first.path}: column {column!r} is {names[0]!r} in every row: expected two classes "
-            "or more. For scores pass regression=True."
+            "or more. For scores pass regression=True (--regression)."
         )
+    order = [str(name).lower() for name in classes or ()]
+    if names is not None and sorted(order) == sorted(name.lower() for name in names):
+        names = tuple(sorted(names, key=lambda name: order.index(name.lower())))
     kept = ("spearman", "pearson") if regression else ("accuracy", "macro_f1")
     task = Task(name=folder.resolve().name, text=columns, label=column, labels=names, indices=False,
                 metrics=kept, primary=kept[0], max_length=max_length)  # fmt: skip
@@ -279,12 +309,15 @@ def _text_columns(table: Table) -> tuple[str, ...]:
     )
 
 
-def _is_score(values: list[Any]) -> bool:
+def _are_numbers(values: list[Any]) -> bool:
     try:
-        numbers = [float(v) for v in values]
+        return all(math.isfinite(float(v)) for v in values)
     except (TypeError, ValueError):
         return False
-    return any("." in str(v) for v in values) or not all(n.is_integer() for n in numbers)
+
+
+def _have_points(values: list[Any]) -> bool:
+    return any("." in str(v) or not float(v).is_integer() for v in values)
 
 
 def _by_size(name: str) -> tuple[float, str]:

@@ -16,6 +16,11 @@ DRAWS = 400
 """The standard deviation of so many is itself off by 1 / sqrt(2 * 400) = 3.5 %."""
 
 
+def share_kept(student: float, teacher: float) -> float | None:
+    """The student's score as a fraction of its teacher's; None where that is not above 0."""
+    return student / teacher if teacher > 0 else None
+
+
 def retention_error(
     task: Task, student: EvalPrediction, teacher: EvalPrediction, *, seed: int = 0
 ) -> float | None:

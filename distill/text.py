@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ FORMATS = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
 PACKED = (".gz", ".xz")
 FORMATS_IN_WORDS = ".tsv, .csv, .jsonl or .parquet, the first three also as .gz or .xz"
 TEXT_FORMATS = (".txt", ".jsonl", ".ndjson", ".parquet")
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field; Python's own limit is 131,072."""
+
 # Rows that are tokenised at once: 1,000 paragraphs keep the buffer below a few MB.
 ROWS_AT_ONCE = 1000
 
@@ -114,6 +118,12 @@ def read_table(path: str | Path) -> Table:
 def _tsv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     text = read_text(path)
     windows = text.partition("\n")[0].endswith("\r")
+    if _quoted(text):
+        raise DataError(
+            f"{path}: its fields stand in quotation marks, doubled inside, as in CSV; .tsv has no "
+            "quoting, so they would be part of the text. Write it as .csv, or without quoting "
+            "(pandas: quoting=csv.QUOTE_NONE)."
+        )
     for number, line in enumerate(text.split("\n"), start=1):
         if windows:
             line = line.removesuffix("\r")
@@ -121,9 +131,22 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, line.split("\t")
 
 
+def _quoted(text: str) -> bool:
+    """Whether every field that begins with a quotation mark is one of CSV, at least one of them for
+    the marks inside it."""
+    fields = re.findall(r'(?:^|(?<=[\t\n]))"[^\t\n]*', text)
+    marked = [field.removesuffix("\r") for field in fields]
+    inside = [field[1:-1] for field in marked if len(field) > 1 and field.endswith('"')]
+    return (
+        len(inside) == len(marked)
+        and any('""' in one for one in inside)
+        and not any('"' in one.replace('""', "") for one in inside)
+    )
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    start = 1
+    start, longest = 1, csv.field_size_limit(LONGEST_FIELD)
     try:
         for row in reader:
             if row:
@@ -134,6 +157,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             f"{path}, line {start}: {error}. In CSV a field with a comma, line end or quotation "
             'mark stands in quotation marks, doubled inside ("a ""b"" c"); .tsv has no quoting.'
         ) from error
+    finally:
+        csv.field_size_limit(longest)
 
 
 def _delimited(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Table:

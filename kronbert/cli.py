@@ -20,6 +20,7 @@ from .cli_options import (
     LabelColumn,
     Model,
     Preset,
+    Regression,
     Rules,
     TextColumn,
     parse_rules,
@@ -112,6 +113,7 @@ def compress(
     data_dir: DataDir = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    regression: Regression = None,
     student: Annotated[
         str | None,
         typer.Option(
@@ -158,6 +160,7 @@ def compress(
         data_dir=data_dir,
         text_columns=tuple(text_column) if text_column else None,
         label_column=label_column,
+        regression=regression,
         student=student,
         stage1_text=stage1_text,
         stage1_words=stage1_words,
@@ -187,32 +190,25 @@ def evaluate(
     data_dir: DataDir = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
+    regression: Regression = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens per row; default: what compress saved, else 128")
+    ] = None,
 ) -> None:
     """Score a model (dense or converted) on a task's dev set with the task's own metrics."""
-    from .distill.data import tokenize
-    from .distill.finetune import evaluate as score
-    from .job import open_data
-    from .job_models import check_tokenizer, longest, open_teacher, open_tokenizer
+    from .job_scores import scores_of
 
-    data = open_data(
+    found = scores_of(
+        model,
         task,
+        max_length=max_length,
         data_dir=data_dir,
         text_columns=tuple(text_column) if text_column else None,
         label_column=label_column,
+        regression=regression,
     )
-    fine_tuned, tuned = open_teacher(model, data.task)
-    if not tuned:
-        raise PlanError(f"{model}: has no head fine-tuned for a task, so there is no score.")
-    tokenizer = open_tokenizer(model)
-    check_tokenizer(fine_tuned, tokenizer, model)
-    most = longest(fine_tuned.config, tokenizer)
-    if max_length is not None and max_length > most:
-        raise DataError(f"--max-length {max_length}: {model} takes {most} tokens at most.")
-    rows = tokenize(data, tokenizer, max_length or min(data.task.max_length, most))
-    scores = score(fine_tuned, rows, tokenizer)
-    out.print(f"{model} on {data.task.name} ({data.source})")
-    for name, values in scores.items():
+    out.print(f"{model} on {found.what}, up to {found.max_length} tokens a row")
+    for name, values in found.scores.items():
         out.print(f"{name}: " + ", ".join(f"{k} {100 * v:.2f}" for k, v in values.items()))
 
 

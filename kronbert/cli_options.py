@@ -25,6 +25,14 @@ TextColumn = Annotated[
     list[str] | None, typer.Option(help="of a folder of tables; twice for pairs")
 ]
 LabelColumn = Annotated[str | None, typer.Option(help="of a folder of tables")]
+Regression = Annotated[
+    bool | None,
+    typer.Option(
+        "--regression/--classes",
+        help="whether a folder's labels are scores; default: as a fine-tuned model's head says, "
+        "else if they have a point",
+    ),
+]
 
 
 def parse_rules(rules: list[str] | None) -> dict[str, Any] | None:

@@ -6,18 +6,19 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any
 
 from .config import Rule
-from .errors import DataError, DistillError
+from .errors import DistillError
 from .job_begin import MEASURED, candidates, hidden_error, row_batches
 from .job_folder import JobFolder, Say
 from .job_models import (
     check_finite,
     check_tokenizer,
     class_names,
+    head_of,
     longest,
     open_encoder,
     open_pretrained,
@@ -25,8 +26,9 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
-from .job_rows import check_more_rows, more_rows, open_data
+from .job_rows import check_more_rows, cut_rows, more_rows, open_data
 from .job_settings import CompressSettings
+from .job_stages import Schedule
 from .job_start import Start, find_start, put_body
 
 __all__ = ["CompressSettings", "compress", "open_data", "open_teacher"]
@@ -75,92 +77,36 @@ class _Job:
 
         self.settings, self.folder = settings, folder
         self.wanted: dict[str, Any] = {"factor": settings.factor, "preset": settings.preset}
+        config = open_pretrained(AutoConfig, settings.model)
         self.data = data or open_data(
             settings.task,
             data_dir=settings.data_dir,
             text_columns=settings.text_columns,
             label_column=settings.label_column,
+            regression=settings.regression,
+            head=head_of(config),
             limit=settings.limit,
             seed=settings.seed,
         )
         self.task = self.data.task
-        config = open_pretrained(AutoConfig, settings.model)
         self.tokenizer = open_tokenizer(settings.model)
-        self._make_stages(config, longest(config, self.tokenizer))
+        most = longest(config, self.tokenizer)
+        self.schedule = Schedule.of(settings, self.data, config, self.tokenizer, most)
+        self.max_length = self.schedule.max_length
         self.dense: Any = None
         if not folder.done("teacher"):
             self.dense = self._open_dense()
             table = self.dense[0].get_input_embeddings().weight.detach()
-            check_more_rows(self.data, settings, self.tokens_wanted, self.tokenizer, table)
+            check_more_rows(self.data, settings, self.schedule.tokens_wanted, self.tokenizer, table)
         self.rows = tokenize(self.data, self.tokenizer, self.max_length)
+        self.cut = cut_rows(self.data, self.tokenizer, self.max_length, most)
+        self.tokenizer.init_kwargs["max_length"] = self.max_length  # saved; evaluate's default
         if settings.stage1_text and not folder.done("stage1"):
             _ = self.blocks
         if not folder.began():
             folder.state["start"] = self._choose_start()
+        folder.state["cut"] = self.cut
         _begin(folder, self.data)
-
-    def _make_stages(self, config: Any, most: int) -> None:
-        from .distill.checks import has_masked_lm
-        from .distill.finetune import labels_only, use_bf16
-        from .distill.recipes.kronbert import kronbert
-        from .distill.recipes.kroneckerbert import kroneckerbert
-        from .distill.stages import Stage
-
-        settings = self.settings
-        use_bf16(settings.precision)
-        if settings.max_length is not None and settings.max_length > most:
-            raise DataError(
-                f"max_length={settings.max_length}: {settings.model} takes {most} tokens at most."
-            )
-        length = settings.max_length
-        if length is None:
-            length = min(self.task.max_length, most)
-        self.max_length = length
-        for key in ("epochs", "learning_rate"):
-            value = getattr(settings, key)
-            if value is not None and not value > 0:
-                raise DistillError(f"compress({key}={value!r}): expected a number > 0.")
-        self.masked = has_masked_lm(config, self.tokenizer)
-        name, regression = self.task.name, self.task.labels is None
-        if settings.preset is not None:
-            recipe = kroneckerbert(settings.preset, task=name, mlm=self.masked)
-        else:
-            recipe = kronbert(task=name, regression=regression, mlm=self.masked, max_length=length)
-        self.tokens_wanted = recipe.tokens_wanted
-        steps = [stage for stage in recipe.stages if stage.name != "general"]
-        passes, rate = sum(stage.epochs for stage in steps), steps[0].learning_rate
-        self.on_task = [
-            _changed(
-                stage,
-                epochs=settings.epochs and settings.epochs * stage.epochs / passes,
-                learning_rate=settings.learning_rate
-                and settings.learning_rate * stage.learning_rate / rate,
-                batch_size=settings.batch_size,
-                max_length=length,
-                seed=settings.seed,
-                cache_teacher=settings.cache_teacher,
-            )
-            for stage in steps
-        ]
-        self.general = _changed(
-            recipe.stage("general"),
-            epochs=settings.stage1_epochs,
-            learning_rate=settings.stage1_learning_rate,
-            batch_size=settings.batch_size,
-            max_length=length,
-            seed=settings.seed,
-        )
-        small = getattr(config, "hidden_size", 768) < 512
-        for_teacher = Stage(
-            name="teacher",
-            objective=labels_only(),
-            learning_rate=1e-4 if small else 3e-5,
-            epochs=settings.teacher_epochs,
-            batch_size=self.on_task[-1].batch_size,
-            max_length=length,
-            seed=settings.seed,
-        )
-        self.for_teacher = _changed(for_teacher, learning_rate=settings.teacher_learning_rate)
 
     def _open_dense(self) -> tuple[Any, bool]:
         """The teacher, fit to be compressed and distilled; or the error that says why not."""
@@ -176,7 +122,7 @@ class _Job:
         check_finite(teacher, name, "Use an intact checkpoint.")
         check_tokenizer(teacher, self.tokenizer, name)
         plan(teacher, **self.wanted, errors=False)
-        for stage in self.on_task:
+        for stage in self.schedule.on_task:
             layers = supervised_layers(teacher, teacher, stage.objective)
             Taps(teacher, stage.objective.teacher_taps, [layer for layer in layers if layer])
         self.folder.need_space(teacher.num_parameters())
@@ -190,21 +136,25 @@ class _Job:
         source = self.settings.stage1_text
         assert source is not None  # whoever asks has looked
         text = load_text(source, limit_tokens=self.settings.stage1_words)
-        return pack_text(text, self.tokenizer, self.general.max_length)
+        return pack_text(text, self.tokenizer, self.schedule.general.max_length)
 
     def run(self) -> None:
         from .distill.finetune import CACHE
 
         folder, settings = self.folder, self.settings
-        steps = 3 + len(self.on_task)
-        what = f"1/{steps} teacher: {settings.model} on {self.task.name} ({self.data.source})"
+        steps = 3 + len(self.schedule.on_task)
+        kinds = "scores" if self.task.labels is None else f"{len(self.task.labels)} classes"
+        on = f"{self.task.name} ({self.data.source}; {kinds})"
+        what = f"1/{steps} teacher: {settings.model} on {on}"
+        if self.cut is not None:
+            folder.say(self.cut)
         folder.step("teacher", what, self._teacher)
         if settings.stage1_text:
             what = f"2/{steps} stage 1: general text {settings.stage1_text}"
             folder.step("stage1", what, self._stage1)
         else:
             folder.step("start", f"2/{steps} the student's start", self._begin)
-        for number, stage in enumerate(self.on_task, start=3):
+        for number, stage in enumerate(self.schedule.on_task, start=3):
             aim = "hidden states" if stage.name == "intermediate" else "answers"
             what = f"{number}/{steps} stage 2 on {self.task.name}: the teacher's {aim}"
             folder.step(stage.name, what, partial(self._distil, stage))
@@ -220,19 +170,42 @@ class _Job:
         if tuned:
             self._say_classes(teacher)
         else:
-            history = self._train(teacher, None, self.for_teacher, self.rows, "teacher")
+            history = self._fine_tune(teacher)
         scores = self._scores(teacher, "teacher", "--teacher-learning-rate")
         self.folder.save_model(teacher, self.tokenizer, "teacher")
+        commonest = commonest_class(self.rows)
+        self._say_worthless(scores, commonest)
         result = {
             "scores": scores,
-            "commonest": commonest_class(self.rows),
+            "commonest": commonest,
             "fine_tuned_here": not tuned,
             "history": history,
         }
-        return result if tuned else {**result, "stage": self.for_teacher.to_dict()}
+        return result if tuned else {**result, "stage": self.schedule.for_teacher.to_dict()}
+
+    def _fine_tune(self, teacher: Any) -> list[Any]:
+        """On the labels; on standardised scores, where the head can then be given their unit."""
+        from .distill.score_scale import output_layer, standardised, take_unit
+
+        if self.schedule.scale is None or output_layer(teacher) is None:
+            return self._train(teacher, None, self.schedule.for_teacher, self.rows, "teacher")
+        rows = standardised(self.rows, *self.schedule.scale)
+        history = self._train(teacher, None, self.schedule.for_teacher, rows, "teacher")
+        take_unit(teacher, *self.schedule.scale)
+        return history
+
+    def _say_worthless(self, scores: Any, commonest: Any) -> None:
+        name, metric = next(iter(scores)), self.task.primary
+        score, least = scores[name][metric], commonest[name][metric] if commonest else 0.0
+        if score <= least:
+            who = "a constant answer" if commonest is None else "the commonest class"
+            self.folder.say(
+                f"the teacher has learnt nothing that shows: {metric} {score:.3f} on {name}, {who} "
+                f"{least:.3f}. Look at its rows, their length (--max-length) and its training."
+            )
 
     def _say_classes(self, teacher: Any) -> None:
-        own, asked = class_names(teacher), self.task.labels
+        own, asked = class_names(teacher.config), self.task.labels
         said = "fine-tuned already, taken as it is"
         if own and asked and [n.lower() for n in own] != [n.lower() for n in asked]:
             said += f"; its classes {own} stand for {list(asked)}, in this order"
@@ -245,16 +218,16 @@ class _Job:
 
         teacher = self._saved("teacher")
         student = convert(teacher, **self.wanted)
-        if self.masked:
+        if self.schedule.masked:
             history = self._learn_masked(student)
         else:
-            history = self._train(student, teacher, self.general, self.blocks, "stage1")
+            history = self._train(student, teacher, self.schedule.general, self.blocks, "stage1")
         check_finite(student, "the student", "Try a lower --stage1-learning-rate.")
         self.folder.save_model(student, self.tokenizer, "stage1")
         return {
             "history": history,
             "blocks": len(self.blocks),
-            "stage": self.general.to_dict(),
+            "stage": self.schedule.general.to_dict(),
         }
 
     def _learn_masked(self, student: Any) -> list[Any]:
@@ -270,7 +243,7 @@ class _Job:
             if layer.size.name in names and not layer.size.tied_to
         }
         learner = convert(general, rules=rules, keep=())
-        history = self._train(learner, general, self.general, self.blocks, "stage1")
+        history = self._train(learner, general, self.schedule.general, self.blocks, "stage1")
         body: dict[str, Any] = learner.base_model.state_dict()  # type: ignore[union-attr]
         put_body(student, body, self.settings.model)
         return history
@@ -316,16 +289,16 @@ class _Job:
 
     def _distil(self, stage: Any) -> dict[str, Any]:
         names = ["stage1" if self.settings.stage1_text else "start"]
-        names += [one.name for one in self.on_task]
+        names += [one.name for one in self.schedule.on_task]
         before, after = names[names.index(stage.name) - 1], stage.name
         student, teacher = self._saved(before), self._saved("teacher")
         rows, result = self.stage2_rows, {}
-        if stage is self.on_task[0]:
+        if stage is self.schedule.on_task[0]:
             who = "student before stage 2"
             result["scores_before"] = self._scores(student, who, "--stage1-learning-rate")
         history = self._train(student, teacher, stage, rows, after)
         scores = self._scores(student, "student", "--learning-rate")
-        last = stage is self.on_task[-1]
+        last = stage is self.schedule.on_task[-1]
         self.folder.save_model(student, self.tokenizer, "student" if last else after)
         return {
             **result,
@@ -341,7 +314,8 @@ class _Job:
         from .distill.data import tokenize
 
         table = self._saved("teacher").get_input_embeddings().weight.detach()
-        more = more_rows(self.data, self.settings, self.tokens_wanted, self.tokenizer, table)
+        wanted = self.schedule.tokens_wanted
+        more = more_rows(self.data, self.settings, wanted, self.tokenizer, table)
         if more is self.data:
             return self.rows
         return tokenize(more, self.tokenizer, self.max_length)
@@ -386,10 +360,6 @@ class _Job:
         return scores
 
     def _saved(self, name: str) -> Any:
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification as Auto
 
-        return open_pretrained(AutoModelForSequenceClassification, str(self.folder.path / name))
-
-
-def _changed(stage: Any, **values: Any) -> Any:
-    return replace(stage, **{key: value for key, value in values.items() if value is not None})
+        return open_pretrained(Auto, str(self.folder.path / name))

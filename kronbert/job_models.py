@@ -77,32 +77,36 @@ def open_model(name: str) -> Any:
 
 
 def open_encoder(name: str, *, masked: bool = False) -> Any:
-    """The encoder without a task's head: with its masked-LM head, or with the pooler it was saved
-    with, if any. `DistillError` where a weight is missing from the checkpoint."""
+    """The encoder without a task's head, in float32: with its masked-LM head, or with the pooler it
+    was saved with, if any. `DistillError` where a weight is missing from the checkpoint."""
     import inspect
 
+    import torch
     from transformers import AutoModel, AutoModelForMaskedLM
 
     auto: Any = AutoModelForMaskedLM if masked else AutoModel
     with quiet():
-        model, loaded = open_pretrained(auto, name, output_loading_info=True)
+        model, loaded = open_pretrained(auto, name, output_loading_info=True, dtype=torch.float32)
         missing = sorted(loaded["missing_keys"])
         bare = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
         if missing and bare and all("pooler." in key for key in missing):
-            return open_pretrained(auto, name, add_pooling_layer=False)
+            return open_pretrained(auto, name, add_pooling_layer=False, dtype=torch.float32)
     _refuse_random(f"{name}:", missing, "Give a complete checkpoint.")
     return model
 
 
 def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
-    """(model with a head for ``task``, whether it is fine-tuned already).
+    """(model with a head for ``task``, whether it is fine-tuned already); in float32, whatever the
+    checkpoint has.
 
     A checkpoint saved as ``...ForSequenceClassification`` is a fine-tuned teacher; its head must
     have the task's classes. The weights of a new head, and of a pooler that the checkpoint lacks,
     are random: set a seed before. `DistillError` where another weight is missing."""
+    import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = open_pretrained(AutoConfig, name)
+    full: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
     saved_as = (config.architectures or [""])[0]
     if not saved_as.endswith("ForSequenceClassification"):
         head: dict[str, Any] = {"num_labels": task.num_labels}
@@ -113,29 +117,39 @@ def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
             head["label2id"] = {label: i for i, label in enumerate(task.labels)}
         with quiet():
             model, loaded = open_pretrained(
-                AutoModelForSequenceClassification, name, output_loading_info=True, **head
+                AutoModelForSequenceClassification, name, **full, **head
             )
         body = f"{model.base_model_prefix}."
         missing = [k for k in loaded["missing_keys"] if k.startswith(body) and "pooler." not in k]
         _refuse_random(f"{name}:", missing, "Give a complete checkpoint.")
         return model, False
+    if config.problem_type == "multi_label_classification":
+        raise DistillError(
+            f"{name}: its head gives every row any number of classes (problem_type "
+            f"{config.problem_type!r}); expected one class a row, or a score."
+        )
     if config.num_labels != task.num_labels:
         raise DistillError(
             f"{name}: its head has {_count(config.num_labels)}, task {task.name!r} has "
             f"{_count(task.num_labels)}. Give a teacher fine-tuned for the task, or its base model."
         )
     _check_labels(name, config, task)
-    model, loaded = open_pretrained(
-        AutoModelForSequenceClassification, name, output_loading_info=True
-    )
+    model, loaded = open_pretrained(AutoModelForSequenceClassification, name, **full)
     what = f"{name}: saved as {saved_as}, but"
     _refuse_random(what, loaded["missing_keys"], "Give a complete checkpoint, or its base model.")
     return model, True
 
 
-def class_names(model: Any) -> list[str] | None:
-    """The model's own names of its classes; None where it has the library's LABEL_0, LABEL_1."""
-    config = model.config
+def head_of(config: Any) -> tuple[bool, list[str] | None] | None:
+    """Of a fine-tuned checkpoint's head: whether it gives a score, and `class_names`; else None."""
+    saved_as = (config.architectures or [""])[0]
+    if not saved_as.endswith("ForSequenceClassification"):
+        return None
+    return config.num_labels == 1, class_names(config)
+
+
+def class_names(config: Any) -> list[str] | None:
+    """A head's own names of its classes; None where it has the library's LABEL_0, LABEL_1."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return None if all(name.lower().startswith("label_") for name in names) else names
 
@@ -176,8 +190,8 @@ def _check_labels(name: str, config: Any, task: Any) -> None:
     asked = [label.lower() for label in task.labels or ()]
     if own != asked and sorted(own) == sorted(asked):
         raise DistillError(
-            f"{name}: its classes are {own}, task {task.name!r} has them as {asked}. Change the "
-            "data's label order, or fine-tune the base model here."
+            f"{name}: its classes are {own}, task {task.name!r} has them as {asked}. Fine-tune the "
+            "base model here, or load the task's rows with the teacher's order of its classes."
         )
 
 

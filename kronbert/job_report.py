@@ -30,7 +30,7 @@ def write_report(
 
     answers: the student's and the teacher's, dev set -> logits and labels."""
     from .distill.fidelity import fidelity
-    from .distill.retention import retention_error
+    from .distill.retention import retention_error, share_kept
 
     steps = state["steps"]
     positions = getattr(teacher.config, "max_position_embeddings", None) or SEQUENCE
@@ -52,12 +52,13 @@ def write_report(
         "task": task.to_dict(),
         "data": source,
         "rows": state["data"],
+        "cut": state.get("cut"),
         "teacher_fine_tuned_here": steps["teacher"]["fine_tuned_here"],
         "synthetic": source.startswith("synthetic"),
         "scores": scores,
         "metric": f"{first} {task.primary}",
         "fidelity": {k: fidelity(own[k].predictions, theirs[k].predictions) for k in own},
-        "retention": student_score / teacher_score if teacher_score else None,
+        "retention": share_kept(student_score, teacher_score),
         "retention_error": retention_error(task, own[first], theirs[first]),
         "seconds": {name: step["seconds"] for name, step in steps.items()},
         "start": steps.get("start", {}).get("start"),
@@ -125,7 +126,7 @@ def _markdown(
         "",
         f"Asked for: {wanted}. Data: {content['data']}. Seed {settings['seed']}.",
         "",
-        _training(content["stages"]),
+        _training(content["stages"]) + (f" {content['cut']}." if content["cut"] else ""),
         "",
         "## Score (dev set)",
         "",
@@ -189,7 +190,9 @@ def _summary(content: Mapping[str, Any], measured: Any, first: str, task: Any) -
         said += f" and {pace} at batch {batch}"
     kept = content["retention"]
     if kept is None:
-        return f"{said}. What it keeps of the {task.primary} is not defined: the teacher scores 0."
+        teacher = 100 * content["scores"]["teacher"][first][task.primary]
+        said += f". What it keeps of the {task.primary} is not defined"
+        return f"{said}: its teacher has {teacher:.1f}."
     said += f"; it keeps {100 * kept:.1f} % of the {task.primary} on {first}"
     error = content["retention_error"]
     if error is None:

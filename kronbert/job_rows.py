@@ -26,20 +26,62 @@ def open_data(
     data_dir: str | None = None,
     text_columns: tuple[str, ...] | None = None,
     label_column: str | None = None,
+    regression: bool | None = None,
+    head: tuple[bool, list[str] | None] | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> Any:
-    """The `kronbert.distill.data.TaskData` of a GLUE name or a folder of tables."""
-    from .distill.data import load_folder, load_task
+    """The `kronbert.distill.data.TaskData` of a GLUE name or a folder of tables.
 
-    if not text_columns and not label_column:
-        return load_task(task, data_dir=data_dir, limit=limit, seed=seed)
-    if data_dir is not None:
+    head: of the teacher that is to read a folder's rows (`job_models.head_of`): it says whether
+    their labels are scores, unless ``regression`` does, and in which order the classes stand."""
+    from .distill.data import is_folder, load_folder, load_task
+
+    named = text_columns or label_column
+    if named and data_dir is not None:
         raise DataError(
             "columns are for a folder of tables, --data-dir for GLUE's: give one of them, "
             "--task FOLDER --text-column NAME --label-column NAME, or --task sst2 --data-dir GLUE."
         )
-    return load_folder(task, text=text_columns, label=label_column, limit=limit, seed=seed)
+    if named or (is_folder(task) and data_dir is None):
+        scores, classes = head or (None, None)
+        return load_folder(
+            task,
+            text=text_columns,
+            label=label_column,
+            regression=regression,
+            numbers_are_scores=scores,
+            classes=classes,
+            limit=limit,
+            seed=seed,
+        )
+    if regression is not None:
+        raise DataError(
+            f"--regression and --classes are for a folder of tables; GLUE says what {task!r} is. "
+            "Leave them out."
+        )
+    return load_task(task, data_dir=data_dir, limit=limit, seed=seed)
+
+
+def cut_rows(data: Any, tokenizer: Any, length: int, most: int) -> str | None:
+    """What share of `MEASURED` training rows is longer than ``length`` tokens, and what a larger
+    one, ``most`` at most, would do about it; None below one in a hundred."""
+    from .distill.data import tokenize
+
+    rows = data.train.shuffle(seed=0).select(range(min(MEASURED, len(data.train))))
+    sample = replace(data, train=rows, validation={}, unlabelled=None)
+    tokens = [len(row) for row in tokenize(sample, tokenizer, most).train["input_ids"]]
+
+    def share(given: int) -> float:
+        return 100 * sum(count > given for count in tokens) / len(tokens)
+
+    if share(length) < 1:
+        return None
+    said = f"{share(length):.0f} % of the rows are longer than {length} tokens and are cut there"
+    enough = [n for n in (256, 512) if length < n < most and share(n) < 5]
+    if enough:
+        return f"{said}; --max-length {enough[0]} cuts {share(enough[0]):.0f} %"
+    return f"{said}; --max-length {most} is the most that the model takes"
 
 
 def splices_for(data: Any, tokenizer: Any, wanted: int, max_length: int | None = None) -> int:

@@ -18,6 +18,8 @@ class CompressSettings:
     name or a folder of tables. factor or preset: as in `kronbert.convert`. None: the value of the
     recipe (factor: `kronbert.distill.recipes.kronbert`; preset: KroneckerBERT's), or, for the
     teacher, 1e-4 below 512 hidden units and 3e-5 from there on.
+    regression: whether a folder's labels are scores; None: as a fine-tuned teacher's head says,
+    else where they are numbers written with a point.
     epochs: of stage 2's steps together; learning_rate: of their first; the others keep their share.
     student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it.
     None: the nearer of a shipped one and of the teacher's own layers, fitted to its rows.
@@ -35,6 +37,7 @@ class CompressSettings:
     data_dir: str | None = None
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
+    regression: bool | None = None
     stage1_text: str | None = None
     stage1_words: int | None = None
     stage1_epochs: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,24 @@ def test_tsv_has_no_quoting_and_only_newline_ends_a_line(tmp_path):
 def test_tsv_from_windows_loses_mark_and_carriage_return(tmp_path):
     table = read_table(write(tmp_path / "t.tsv", b"\xef\xbb\xbfsentence\tlabel\r\nhi\t1\r\n"))
     assert table.columns == {"sentence": ["hi"], "label": ["1"]}
+
+
+def test_tsv_with_the_quoting_of_csv_is_refused(tmp_path):
+    """As pandas and spreadsheets write it: the marks would be part of the text."""
+    text = 'text\tlabel\n"he said ""hi"""\t1\nplain\t0\n'
+    with pytest.raises(DataError, match=r"t\.tsv: its fields stand in quotation marks, doubled"):
+        read_table(write(tmp_path / "t.tsv", text))
+    for once in ('"all of it"', '"he said ""hi""" he', '"he "said" ""hi"""'):
+        table = read_table(write(tmp_path / "u.tsv", f"text\tlabel\n{once}\t1\n"))
+        assert table.columns["text"] == [once]
+
+
+def test_csv_fields_may_be_long(tmp_path):
+    text = "word " * 30_000
+    before = csv.field_size_limit()
+    table = read_table(write(tmp_path / "t.csv", f"text,label\n{text},1\n"))
+    assert table.columns["text"] == [text]
+    assert csv.field_size_limit() == before
 
 
 def test_csv_has_quoting(tmp_path):

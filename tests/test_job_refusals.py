@@ -94,7 +94,12 @@ def test_teacher_and_task_that_do_not_go_together(refuse, finished, tiny_task, t
     config["id2label"] = {"0": "glad", "1": "cross"}
     config["label2id"] = {"glad": 0, "cross": 1}
     (turned / "config.json").write_text(json.dumps(config))
-    refuse(DistillError, r"its classes are \['glad', 'cross'\]", model=str(turned))
+    settings, data = settings_for(turned, tiny_task, tmp_path / "own"), load_folder(tiny_task)
+    with pytest.raises(DistillError, match=r"its classes are \['glad', 'cross'\]"):
+        compress(settings, lambda _: None, data)
+    config["problem_type"] = "multi_label_classification"
+    (turned / "config.json").write_text(json.dumps(config))
+    refuse(DistillError, "any number of classes .*'multi_label_classification'", model=str(turned))
 
 
 def test_tokenizers_that_do_not_fit(refuse, tiny_bert, tmp_path):

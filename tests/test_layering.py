@@ -133,6 +133,10 @@ TABLE = {
     ),
     "job_settings": Row("errors config"),
     "job_rows": Row("errors job_settings", lazily="distill.*", outside="torch"),
+    "job_scores": Row(
+        "errors job_models job_rows", lazily="distill.*", outside_lazily="transformers"
+    ),
+    "job_stages": Row("errors job_settings", lazily="distill.*"),
     "job_start": Row(
         "errors config job_models shipped",
         lazily="checkpoint conversion distill.*",
@@ -143,7 +147,7 @@ TABLE = {
         "job_models job_start", lazily="conversion", outside="torch", outside_lazily="transformers"
     ),
     "job": Row(
-        "errors config job_begin job_folder job_models job_rows job_settings job_start",
+        "errors config job_begin job_folder job_models job_rows job_settings job_stages job_start",
         lazily="conversion distill.* job_report",
         outside_lazily="transformers",
     ),
@@ -163,7 +167,7 @@ TABLE = {
     "cli_students": Row("cli_options", lazily="pretrain shipped", outside="rich typer"),
     "cli": Row(
         "__init__ errors job_folder cli_options cli_students",
-        lazily="__init__ planning presets cpu_cost cpu_calibrate job job_models demo distill.*",
+        lazily="__init__ planning presets cpu_cost cpu_calibrate job job_models job_scores demo",
         outside="rich typer",
         outside_lazily="torch transformers",
     ),

@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from kronbert.distill.retention import DRAWS, retention_error
+from kronbert.distill.retention import DRAWS, retention_error, share_kept
 from kronbert.distill.tasks import METRICS, get_task
 from kronbert.errors import DistillError
+
+
+def test_no_share_of_a_score_that_is_not_above_0():
+    assert share_kept(0.6, 0.8) == pytest.approx(0.75)
+    assert share_kept(-0.2, 0.8) == pytest.approx(-0.25)
+    assert share_kept(0.59, -0.58) is None
+    assert share_kept(0.1, 0.0) is None
 
 
 def models(task, rows, seed, noise=0.5):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -85,6 +86,16 @@ def test_a_teacher_that_is_the_student(tmp_path):
     model = a_model(1)
     with pytest.raises(DistillError, match=r"share the parameter 'bert\..*copy.deepcopy"):
         a_trainer(tmp_path, model=model, teacher=model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_student_in_half_precision(tmp_path, dtype):
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(DistillError, match=rf"embeddings.* is in {name}, .*student\.float\(\)"):
+        a_trainer(tmp_path, model=a_model(1).to(dtype), teacher=a_model(2))
+    frozen = a_model(1)
+    frozen.bert.embeddings.to(dtype).requires_grad_(False)
+    a_trainer(tmp_path, model=frozen, teacher=a_model(2).to(dtype))  # neither takes a step
 
 
 def test_equal_tokenizers_go_together(tmp_path):

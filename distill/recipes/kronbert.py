@@ -7,6 +7,7 @@ from dataclasses import replace
 from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.recipes import Recipe
 from kronbert.distill.stages import Stage
+from kronbert.errors import DistillError
 
 LARGE = ("sst2", "qnli", "qqp", "mnli")
 """GLUE's larger training sets: 1.5 passes in batches of 64, which short sentences fill better."""
@@ -22,6 +23,8 @@ it the same rows again."""
 
 REGRESSION = ("stsb",)
 
+SPREAD = 2.144
+"""The variance of STS-B's scores, on which the weight of a score's square error, 1, was found."""
 
 SHORTEST = 8
 """Tokens of a piece of general text, at least."""
@@ -69,18 +72,26 @@ def tokens_wanted(task: str | None = None) -> int:
 
 
 def task_stages(
-    task: str | None = None, *, regression: bool | None = None, max_length: int = 128
+    task: str | None = None,
+    *,
+    regression: bool | None = None,
+    spread: float | None = None,
+    max_length: int = 128,
 ) -> tuple[Stage, Stage]:
     """Stage 2 for a GLUE name, or for any task: hidden states first, the teacher's answers then.
 
     As in TinyBERT, whose prediction layer is learnt last: the student's head is the teacher's, so
     hidden states that agree answer as it does, and the answers alone disturb them. No labels, so
     that rows without them can be read as well. regression: one logit has no softmax, so its square
-    error is taken instead of a KL; None: what GLUE says of the name."""
+    error is taken instead of a KL; None: what GLUE says of the name. spread: the scores' variance,
+    by which that error is divided (times `SPREAD`), so that it weighs as much in any unit."""
+    if spread is not None and not spread > 0:
+        raise DistillError(f"task_stages(spread={spread}): expected a variance > 0.")
     word = task.lower() if task else ""
     known = word in REGRESSION if regression is None else regression
     hidden = (Term(tap="embedding"), Term(tap="ffn"))
-    answers = Term(tap="logits", loss="mse" if known else "kl")
+    weight = float(f"{SPREAD / spread:.3g}") if known and spread is not None else 1.0
+    answers = Term(tap="logits", loss="mse" if known else "kl", weight=weight)
     first = Stage(
         name="intermediate",
         objective=Objective(terms=hidden),
@@ -106,16 +117,17 @@ def kronbert(
     *,
     task: str | None = None,
     regression: bool | None = None,
+    spread: float | None = None,
     mlm: bool = False,
     max_length: int = 128,
 ) -> Recipe:
-    """Stage 1 on general text, and both steps of stage 2, for any factor."""
+    """Stage 1 on general text, and both steps of stage 2, for any factor; see `task_stages`."""
     return Recipe(
         name="kronbert",
         paper="none: this library's",
         stages=(
             general_stage(mlm=mlm, max_length=max_length),
-            *task_stages(task, regression=regression, max_length=max_length),
+            *task_stages(task, regression=regression, spread=spread, max_length=max_length),
         ),
         tokens_wanted=tokens_wanted(task),
     )
