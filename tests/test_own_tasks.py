@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.score_scale import output_layer, standardised, take_unit
 from kronbert.errors import DataError
 from kronbert.job import compress
+from kronbert.job_models import open_encoder
 from kronbert.job_rows import cut_rows, open_data
 from kronbert.job_scores import scores_of
 from kronbert.job_stages import Schedule
@@ -81,12 +83,11 @@ def test_classes_stand_in_the_order_of_the_teachers_head(tmp_path):
 def test_a_folder_named_like_glues_has_no_schedule_of_its_own(tiny_bert, tiny_task, tmp_path):
     """GLUE's sst2 has 67,349 rows: its schedule would leave 256 of them a handful of steps."""
     config, tokenizer = (auto.from_pretrained(tiny_bert) for auto in (AutoConfig, AutoTokenizer))
-    named = tmp_path / "sst2"
-    named.symlink_to(tiny_task)
+    named = shutil.copytree(tiny_task, tmp_path / "sst2")
     settings = settings_for(tiny_bert, named, tmp_path / "out", epochs=None, splice=None)
     made = [
         Schedule.of(settings, load_folder(folder), config, tokenizer, 64)
-        for folder in (tiny_task, tmp_path / "sst2")
+        for folder in (tiny_task, named)
     ]
     assert made[0].tokens_wanted > 0
     assert made[0] == made[1]
@@ -202,6 +203,7 @@ def test_a_checkpoint_in_half_precision_is_trained_in_full(tiny_bert, tiny_task,
     half = tmp_path / "half"
     AutoModel.from_pretrained(tiny_bert).to(dtype).save_pretrained(half)
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(half)
+    assert {p.dtype for p in open_encoder(str(half)).parameters()} == {torch.float32}  # stage 1's
     settings = settings_for(half, tiny_task, tmp_path / "out", teacher_epochs=0.5, epochs=0.2)
     compress(settings, lambda _: None)
     for who in ("teacher", "student"):
