@@ -23,6 +23,7 @@ from .cli_options import (
     Regression,
     Rules,
     TextColumn,
+    Version,
     parse_rules,
 )
 from .cli_students import pretrain_student, students
@@ -36,6 +37,11 @@ app = typer.Typer(
     help="Transformer encoders 8 to 20 times smaller, as sums of Kronecker products.",
 )
 out = Console()
+
+
+@app.callback()
+def _options(version: Version = False) -> None:
+    pass
 
 
 @app.command()

@@ -25,6 +25,19 @@ TextColumn = Annotated[
     list[str] | None, typer.Option(help="of a folder of tables; twice for pairs")
 ]
 LabelColumn = Annotated[str | None, typer.Option(help="of a folder of tables")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import kronbert
+
+        typer.echo(f"kronbert {kronbert.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and end")
+]
 Regression = Annotated[
     bool | None,
     typer.Option(

@@ -1,5 +1,6 @@
 """The command line: small real runs, and errors that are one message and exit code 2."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -178,6 +179,11 @@ def test_a_model_without_tokenizer_is_converted(teacher, tmp_path):
     said = run("convert", tmp_path / "bare", "--factor", 3, "--output", tmp_path / "student")
     assert "no tokenizer" in said
     assert not (tmp_path / "student" / "tokenizer.json").exists()
+
+
+def test_version():
+    assert run("--version") == f"kronbert {kronbert.__version__}\n"
+    assert kronbert.__version__ == importlib.metadata.version("kronbert")
 
 
 def test_evaluate(teacher, student, tiny_task, tmp_path):

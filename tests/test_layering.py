@@ -163,7 +163,7 @@ TABLE = {
     "bench_models": Row("__init__ latency", outside="torch transformers"),
     "bench_checks": Row("shapes presets reference functional blocks", outside="torch"),
     "bench_gpu": Row("__init__ latency bench_results bench_models bench_checks", outside="torch"),
-    "cli_options": Row("errors", outside="typer"),
+    "cli_options": Row("errors", lazily="__init__", outside="typer"),
     "cli_students": Row("cli_options", lazily="pretrain shipped", outside="rich typer"),
     "cli": Row(
         "__init__ errors job_folder cli_options cli_students",
