@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import re
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,10 +120,11 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     text = read_text(path)
     windows = text.partition("\n")[0].endswith("\r")
     if _quoted(text):
-        raise DataError(
-            f"{path}: its fields stand in quotation marks, doubled inside, as in CSV; .tsv has no "
-            "quoting, so they would be part of the text. Write it as .csv, or without quoting "
-            "(pandas: quoting=csv.QUOTE_NONE)."
+        warnings.warn(
+            f"{path}: fields stand in quotation marks, doubled inside, as in CSV; .tsv has no "
+            "quoting, so the marks are read as part of the text. If they are none of it, write it "
+            "as .csv, or without quoting (pandas: quoting=csv.QUOTE_NONE).",
+            stacklevel=2,
         )
     for number, line in enumerate(text.split("\n"), start=1):
         if windows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import warnings
 from pathlib import Path
 
 import datasets
@@ -31,13 +32,16 @@ def test_tsv_from_windows_loses_mark_and_carriage_return(tmp_path):
     assert table.columns == {"sentence": ["hi"], "label": ["1"]}
 
 
-def test_tsv_with_the_quoting_of_csv_is_refused(tmp_path):
-    """As pandas and spreadsheets write it: the marks would be part of the text."""
+def test_tsv_with_the_quoting_of_csv_is_read_as_it_stands_and_said(tmp_path):
+    """As pandas and spreadsheets write it, and as some copies of QQP are."""
     text = 'text\tlabel\n"he said ""hi"""\t1\nplain\t0\n'
-    with pytest.raises(DataError, match=r"t\.tsv: its fields stand in quotation marks, doubled"):
-        read_table(write(tmp_path / "t.tsv", text))
+    with pytest.warns(UserWarning, match=r"t\.tsv: fields stand in quotation marks, doubled"):
+        table = read_table(write(tmp_path / "t.tsv", text))
+    assert table.columns["text"] == ['"he said ""hi"""', "plain"]
     for once in ('"all of it"', '"he said ""hi""" he', '"he "said" ""hi"""'):
-        table = read_table(write(tmp_path / "u.tsv", f"text\tlabel\n{once}\t1\n"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            table = read_table(write(tmp_path / "u.tsv", f"text\tlabel\n{once}\t1\n"))
         assert table.columns["text"] == [once]
 
 
