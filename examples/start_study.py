@@ -19,7 +19,6 @@ from transformers import DataCollatorWithPadding
 
 import kronbert
 from kronbert.distill.finetune import training_rows
-from kronbert.distill.recipes.kronbert import task_stages
 
 STARTS = ("weights", "data", "importance", "blocks")
 """weights, data: `kronbert.convert`'s init. importance: data, outputs counted by how much the
@@ -41,7 +40,7 @@ class Started(Task):
         student = kronbert.convert(teacher, plan=plan, init="data", calibration=fit)
         if name == "data":
             return student, 1.0
-        stage = task_stages(self.name)[0]
+        stage = self.stages[0]
         rows = training_rows(self.data, stage).shuffle(seed=seed)
         half = rows.select(range(len(rows) // 2))
         learn_blocks(student, teacher, padded(half, stage.batch_size, self.tokenizer), stage)

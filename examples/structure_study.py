@@ -95,7 +95,9 @@ class Task:
     def __init__(self, options: Any, name: str, rows: Rows, tokenizer: Any) -> None:
         self.options, self.name, self.tokenizer = options, name, tokenizer
         self.teacher = open_model(str(Path(options.teachers, name, "teacher", "model")))
-        training = settings.training_of(name, {})
+        tokens = rows.count(name)
+        training = settings.training_of(name, {}, tokens)
+        self.stages = task_stages(name, tokens=tokens)
         self.whole = rows.tokens(name, training)
         self.data = some_rows(self.whole, options.tokens)
         self.sets = {"dev": self.whole, "outside": rows.outside(self.whole.task)}
@@ -147,9 +149,8 @@ class Task:
 
     def learn(self, student: Any, folder: Path, cache: Path, seed: int, passes: float) -> None:
         """The recipe cut short: ``passes`` for the hidden states, a quarter for the answers."""
-        stages = task_stages(self.name)
-        whole = stages[0].epochs
-        for stage, part in zip(stages, (passes, 1.0), strict=True):
+        whole = self.stages[0].epochs
+        for stage, part in zip(self.stages, (passes, 1.0), strict=True):
             epochs = part * stage.epochs / whole
             short = replace(stage, epochs=epochs, seed=seed, cache_teacher=True)
             run_stage(

@@ -25,7 +25,7 @@ from kronbert.distill.recipes.kronbert import tokens_wanted
 from kronbert.distill.text import read_table
 from kronbert.errors import DataError
 from kronbert.job_models import open_model
-from kronbert.job_rows import splices_for
+from kronbert.job_rows import splices_for, tokens_in
 
 
 class Rows:
@@ -46,7 +46,8 @@ class Rows:
         data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
         more = []
         if spliced is None:
-            spliced = splices_for(data, self.tokenizer, tokens_wanted(task))
+            wanted = tokens_wanted(task, tokens_in(data, self.tokenizer))
+            spliced = splices_for(data, self.tokenizer, wanted)
         if copies:
             table = open_model(self.options.model).get_input_embeddings().weight.detach()
             more.append(augment(data, self.tokenizer, table, copies=copies))
@@ -59,6 +60,12 @@ class Rows:
             rows = other.train.shuffle(seed=settings.SEARCH_SEED)
             more.append(unlabelled_rows(data.task, rows, other.task.text, limit=limit))
         return tokenize(with_unlabelled(data, *more), self.tokenizer)
+
+    @lru_cache(maxsize=len(settings.FULL + settings.PARTIAL))  # noqa: B019 - as above
+    def count(self, task: str) -> int:
+        """Tokens of the task's own training rows."""
+        data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
+        return tokens_in(data, self.tokenizer)
 
     def tokens(self, task: str, training: Any = None) -> TaskData:
         """The task's rows, with those without a label that the training wants."""

@@ -109,8 +109,12 @@ class Study:
             if run.task in settings.WITH_SNLI and self.options.snli_dir is not None:
                 told["snli"] = True
             return {**told, "seed": self.teacher_seed(run.task), **settings.teacher_of(run.task)}
-        training = settings.training_of(run.task, self.changes).to_dict()
+        training = self.training(run.task).to_dict()
         return {**told, "training": training, "changes": self.changes}
+
+    def training(self, task: str) -> Any:
+        """How the students of a task are made and trained."""
+        return settings.training_of(task, self.changes, self.rows.count(task))
 
     def teacher_seed(self, task: str) -> int:
         return int(settings.teacher_of(task)["seed"])
@@ -177,7 +181,7 @@ class Study:
         folder = run.folder(self.output)
         teacher = open_model(str(self.teacher_folder(run.task)))
         teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-        training = settings.training_of(run.task, self.changes)
+        training = self.training(run.task)
         data = self.rows.tokens(run.task, training)
         before = self.before_last(run, training, teacher)
         rate, search = self.rate(run, teacher, training, data)

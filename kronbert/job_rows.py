@@ -66,11 +66,7 @@ def open_data(
 def cut_rows(data: Any, tokenizer: Any, length: int, most: int) -> str | None:
     """What share of `MEASURED` training rows is longer than ``length`` tokens, and what a larger
     one, ``most`` at most, would do about it; None below one in a hundred."""
-    from .distill.data import tokenize
-
-    rows = data.train.shuffle(seed=0).select(range(min(MEASURED, len(data.train))))
-    sample = replace(data, train=rows, validation={}, unlabelled=None)
-    tokens = [len(row) for row in tokenize(sample, tokenizer, most).train["input_ids"]]
+    tokens = _lengths(data, tokenizer, most)
 
     def share(given: int) -> float:
         return 100 * sum(count > given for count in tokens) / len(tokens)
@@ -84,18 +80,29 @@ def cut_rows(data: Any, tokenizer: Any, length: int, most: int) -> str | None:
     return f"{said}; --max-length {most} is the most that the model takes"
 
 
+def tokens_in(data: Any, tokenizer: Any, max_length: int | None = None) -> int:
+    """How many tokens the training rows have, estimated from `MEASURED` rows drawn at random."""
+    lengths = _lengths(data, tokenizer, max_length)
+    return sum(lengths) * len(data.train) // max(1, len(lengths))
+
+
 def splices_for(data: Any, tokenizer: Any, wanted: int, max_length: int | None = None) -> int:
     """How many rows the training set lacks to hold ``wanted`` tokens, at most `MOST_SPLICES` for
-    each that it has. Its tokens are counted on `MEASURED` rows drawn at random."""
-    from .distill.data import tokenize
-
+    each that it has. Its tokens are counted as by `tokens_in`."""
     rows = len(data.train)
     if not wanted or not rows:
         return 0
-    drawn = data.train.shuffle(seed=0).select(range(min(MEASURED, rows)))
-    sample = replace(data, train=drawn, validation={}, unlabelled=None)
-    lengths = [len(row) for row in tokenize(sample, tokenizer, max_length).train["input_ids"]]
+    lengths = _lengths(data, tokenizer, max_length)
     return max(0, min(MOST_SPLICES * rows, wanted * len(lengths) // sum(lengths) - rows))
+
+
+def _lengths(data: Any, tokenizer: Any, max_length: int | None) -> list[int]:
+    """Tokens of `MEASURED` training rows."""
+    from .distill.data import tokenize
+
+    drawn = data.train.shuffle(seed=0).select(range(min(MEASURED, len(data.train))))
+    sample = replace(data, train=drawn, validation={}, unlabelled=None)
+    return [len(row) for row in tokenize(sample, tokenizer, max_length).train["input_ids"]]
 
 
 def check_more_rows(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import DataError, DistillError
+from .job_rows import tokens_in
 from .job_settings import CompressSettings
 
 
@@ -50,14 +51,16 @@ class Schedule:
             if value is not None and not value > 0:
                 raise DistillError(f"compress({key}={value!r}): expected a number > 0.")
         masked = has_masked_lm(config, tokenizer)
-        # GLUE's own schedules are for its rows: a folder may be named like one of its tasks.
+        # A folder may be named like one of GLUE's tasks, and hold a part of one.
         name = task.name if task.hub else None
+        tokens = tokens_in(data, tokenizer, length)
         scale = scale_of(data) if task.labels is None else None
         if settings.preset is not None:
             recipe = kroneckerbert(settings.preset, task=name, mlm=masked)
         else:
             recipe = kronbert(
                 task=name,
+                tokens=tokens,
                 regression=scale is not None,
                 spread=scale and scale[1] ** 2,
                 mlm=masked,

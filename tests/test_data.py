@@ -214,6 +214,7 @@ def test_hub_rows_become_ours(monkeypatch):
 # Real data
 
 
+@pytest.mark.filterwarnings("ignore:.*fields stand in quotation marks")
 @pytest.mark.parametrize("name", TASKS)
 def test_real_glue_loads(name):
     root = os.environ.get("KRONBERT_DATA_DIR")

@@ -15,6 +15,7 @@ from kronbert.distill import finetune, teacher_cache
 from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.fidelity import fidelity
 from kronbert.distill.finetune import answers, evaluate
+from kronbert.distill.recipes.kronbert import ENOUGH
 from kronbert.distill.recipes.kronbert import kronbert as own_recipe
 from kronbert.distill.retention import retention_error
 from kronbert.errors import CheckpointError, DistillError, PlanError
@@ -313,6 +314,15 @@ def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
     found = more_rows(data, replace(settings, splice=7, augment=2), 10**6, tokenizer, table)
     assert 7 + 256 < len(found.unlabelled) <= 7 + 2 * 256
     assert own_recipe(task="mrpc").tokens_wanted > 0 == own_recipe(task="sst2").tokens_wanted
+
+
+def test_tokens_tell_a_large_training_set_not_its_name():
+    part, whole = own_recipe(task="mnli", tokens=ENOUGH - 1), own_recipe(task="mnli")
+    assert part == own_recipe()
+    assert whole == own_recipe(task="mnli", tokens=ENOUGH) == own_recipe(tokens=ENOUGH)
+    assert [stage.epochs for stage in whole.stages] == [1, 1, 0.5]
+    assert [stage.epochs for stage in part.stages] == [1, 2, 0.5]
+    assert part.tokens_wanted > 0 == whole.tokens_wanted
 
 
 @pytest.mark.parametrize(("task", "batch"), [("cola", 128), ("SST2", 64), ("mrpc", 32), (None, 32)])

@@ -136,7 +136,7 @@ TABLE = {
     "job_scores": Row(
         "errors job_models job_rows", lazily="distill.*", outside_lazily="transformers"
     ),
-    "job_stages": Row("errors job_settings", lazily="distill.*"),
+    "job_stages": Row("errors job_rows job_settings", lazily="distill.*"),
     "job_start": Row(
         "errors config job_models shipped",
         lazily="checkpoint conversion distill.*",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from kronbert.distill.data import load_folder, tokenize
+from kronbert.distill.data import load_folder, load_task, tokenize
 from kronbert.distill.score_scale import output_layer, standardised, take_unit
 from kronbert.errors import DataError
 from kronbert.job import compress
@@ -91,6 +91,16 @@ def test_a_folder_named_like_glues_has_no_schedule_of_its_own(tiny_bert, tiny_ta
     ]
     assert made[0].tokens_wanted > 0
     assert made[0] == made[1]
+
+
+def test_a_part_of_glues_rows_has_the_schedule_of_few(tiny_bert, tiny_task, glue, tmp_path):
+    config, tokenizer = (auto.from_pretrained(tiny_bert) for auto in (AutoConfig, AutoTokenizer))
+    settings = settings_for(tiny_bert, "sst2", tmp_path / "out", epochs=None, splice=None)
+    part, own = (
+        Schedule.of(settings, data, config, tokenizer, 64)
+        for data in (load_task("sst2", data_dir=glue / "glue"), load_folder(tiny_task))
+    )
+    assert part == own
 
 
 def test_rows_that_are_cut_are_named(tiny_bert, tmp_path):

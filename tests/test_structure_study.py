@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kronbert.distill.finetune import training_rows
+
 SMALL = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -47,12 +49,12 @@ def test_students_of_one_size_learn_the_same_rows(study, command, monkeypatch, t
     real = study.structure_study.run_stage
 
     def counted(student, teacher, stage, data, *rest, **more):
-        seen.append((stage.name, sum(len(ids) for ids in data.train["input_ids"])))
+        seen.append((stage.name, sum(len(ids) for ids in training_rows(data, stage)["input_ids"])))
         return real(student, teacher, stage, data, *rest, **more)
 
     monkeypatch.setattr(study.structure_study, "run_stage", counted)
     small = [replace(stage, batch_size=8) for stage in study.structure_study.task_stages("sst2")]
-    monkeypatch.setattr(study.structure_study, "task_stages", lambda task: small)
+    monkeypatch.setattr(study.structure_study, "task_stages", lambda task, tokens: small)
     names = ["planned", "single layers"]
     run(study, command, monkeypatch, "--structures", *names)
     assert [name for name, _ in seen] == ["intermediate", "task"] * 2

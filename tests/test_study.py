@@ -161,6 +161,14 @@ def test_a_locked_run_is_left_to_its_process(modules, options, counted, capsys, 
     assert counted == [*before, "task"]
 
 
+def test_a_part_of_a_large_task_is_trained_like_a_small_one(modules, options):
+    options.stage = None
+    study = modules.runs.Study(options)
+    assert study.training("sst2") == modules.settings.training_of("mrpc", {})
+    assert study.rows.tokens("sst2", study.training("sst2")).unlabelled
+    assert modules.settings.training_of("sst2", {}).stages[0]["epochs"] == 1
+
+
 def test_a_dense_student_learns_the_answers_in_every_stage(modules):
     training = modules.settings.training_of("sst2", {"epochs": 7, "share": 0.5})
     first, stage = training.stages_of("dense", seed=3)

@@ -10,7 +10,11 @@ from kronbert.distill.stages import Stage
 from kronbert.errors import DistillError
 
 LARGE = ("sst2", "qnli", "qqp", "mnli")
-"""GLUE's larger training sets: 1.5 passes in batches of 64, which short sentences fill better."""
+"""GLUE's larger training sets."""
+
+ENOUGH = 800_000
+"""Tokens of a large training set, which has 1.5 passes of its own rows in batches of 64: SST-2 has
+875,000, GLUE's other large ones millions. A part of one has as many as it has."""
 
 SHORT = ("cola",)
 """Sentences of a dozen tokens, made many: batches of 128."""
@@ -66,14 +70,22 @@ def general_stage(*, mlm: bool = False, max_length: int = 128) -> Stage:
     )
 
 
-def tokens_wanted(task: str | None = None) -> int:
+def is_large(task: str | None, tokens: int | None) -> bool:
+    """Whether a training set is: by its ``tokens``; None: by what GLUE's of that name has."""
+    if tokens is not None:
+        return tokens >= ENOUGH
+    return task is not None and task.lower() in LARGE
+
+
+def tokens_wanted(task: str | None = None, tokens: int | None = None) -> int:
     """In the rows of stage 2; 0: as many as the training set has."""
-    return 0 if task and task.lower() in LARGE else TOKENS_WANTED
+    return 0 if is_large(task, tokens) else TOKENS_WANTED
 
 
 def task_stages(
     task: str | None = None,
     *,
+    tokens: int | None = None,
     regression: bool | None = None,
     spread: float | None = None,
     max_length: int = 128,
@@ -82,12 +94,14 @@ def task_stages(
 
     As in TinyBERT, whose prediction layer is learnt last: the student's head is the teacher's, so
     hidden states that agree answer as it does, and the answers alone disturb them. No labels, so
-    that rows without them can be read as well. regression: one logit has no softmax, so its square
-    error is taken instead of a KL; None: what GLUE says of the name. spread: the scores' variance,
-    by which that error is divided (times `SPREAD`), so that it weighs as much in any unit."""
+    that rows without them can be read as well. tokens: in the training rows, which tell whether
+    they are many (`ENOUGH`); None: as many as GLUE has. regression: one logit has no softmax, so
+    its square error is taken instead of a KL; None: what GLUE says of the name. spread: the scores'
+    variance, by which that error is divided (times `SPREAD`), so that it weighs as much in any
+    unit."""
     if spread is not None and not spread > 0:
         raise DistillError(f"task_stages(spread={spread}): expected a variance > 0.")
-    word = task.lower() if task else ""
+    word, large = task.lower() if task else "", is_large(task, tokens)
     known = word in REGRESSION if regression is None else regression
     hidden = (Term(tap="embedding"), Term(tap="ffn"))
     weight = float(f"{SPREAD / spread:.3g}") if known and spread is not None else 1.0
@@ -97,8 +111,8 @@ def task_stages(
         objective=Objective(terms=hidden),
         learning_rate=2e-3 if word in SHORT else 1e-3,
         muon_rate=2.0,
-        epochs=1 if word in LARGE else 2,
-        batch_size=128 if word in SHORT else 64 if word in LARGE else 32,
+        epochs=1 if large else 2,
+        batch_size=128 if word in SHORT else 64 if large else 32,
         max_length=max_length,
         weight_decay=0.0,
         dropout=0.0,
@@ -116,6 +130,7 @@ def task_stages(
 def kronbert(
     *,
     task: str | None = None,
+    tokens: int | None = None,
     regression: bool | None = None,
     spread: float | None = None,
     mlm: bool = False,
@@ -127,7 +142,9 @@ def kronbert(
         paper="none: this library's",
         stages=(
             general_stage(mlm=mlm, max_length=max_length),
-            *task_stages(task, regression=regression, spread=spread, max_length=max_length),
+            *task_stages(
+                task, tokens=tokens, regression=regression, spread=spread, max_length=max_length
+            ),
         ),
-        tokens_wanted=tokens_wanted(task),
+        tokens_wanted=tokens_wanted(task, tokens),
     )
