@@ -179,7 +179,7 @@ def _check_vocabulary(
 
 
 def _check_sizes(student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
-    wide = sorted(objective.taps & {"embedding", "ffn"})
+    wide = sorted(objective.taps & {"embedding", "ffn", "sentence"})
     if wide:
         mine, theirs = (_size(model, "hidden_size") for model in (student, teacher))
         if mine != theirs:

@@ -21,6 +21,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "embedding": ("mse",),
     "scores": ("mse",),
     "ffn": ("mse",),
+    "sentence": ("cosine",),
     "logits": ("mse", "kl"),
     "labels": ("own",),
     "mlm": ("own",),
@@ -168,6 +169,21 @@ def mse_hidden(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     return square.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)
 
 
+def cosine_sentence(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the rows of 1 - cosine of both means over unpadded tokens of (batch, tokens,
+    hidden), what sentence-transformers' mean pooling gives; mask (batch, tokens).
+
+    Half the squared distance of the normalised embeddings (Reimers and Gurevych 2020)."""
+    require_same("last hidden states", student, teacher)
+    means = []
+    for states in (exact(student), exact(teacher)):
+        keep = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
+        means.append(
+            torch.einsum("bth,bt->bh", states, keep)
+        )  # the count leaves the angle as it is
+    return (1 - torch.cosine_similarity(*means, dim=-1)).mean()
+
+
 def mse_scores(
     q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, mask: Tensor | None = None
 ) -> Tensor:
@@ -283,6 +299,8 @@ def _loss(
     pairs = [(m, n) for m, n in enumerate(layers, start=1) if n]
     if term.tap == "embedding" and student.embedding is not None and teacher.embedding is not None:
         return mse_hidden(student.embedding, teacher.embedding, mask)
+    if term.tap == "sentence" and student.last is not None and teacher.last is not None:
+        return cosine_sentence(student.last, teacher.last, mask)
     if term.tap == "ffn":
         return torch.stack(
             [mse_hidden(student.ffn[m], teacher.ffn[n], mask) for m, n in pairs]

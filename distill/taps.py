@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kronbert.errors import DistillError
 
-TAPS = ("embedding", "scores", "ffn", "logits")
+TAPS = ("embedding", "scores", "ffn", "sentence", "logits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,13 @@ class Captured:
     """One forward pass as its taps saw it. Layers count from 1.
 
     embedding (batch, tokens, hidden); query, key: layer -> (batch, heads, tokens, d), before
-    softmax, unscaled, rotary embedding applied; ffn: layer -> (batch, tokens, hidden); outputs:
-    what the model returned.
+    softmax, unscaled, rotary embedding applied; ffn: layer -> (batch, tokens, hidden); last: the
+    base model's own output (batch, tokens, hidden), after its last norm; outputs: what the model
+    returned.
     """
 
     embedding: Tensor | None = None
+    last: Tensor | None = None
     query: dict[int, Tensor] = field(default_factory=dict)
     key: dict[int, Tensor] = field(default_factory=dict)
     ffn: dict[int, Tensor] = field(default_factory=dict)
@@ -156,13 +158,15 @@ class Taps:
         self.model = model
         self.needs = frozenset(needs)
         config: Any = model.config
-        inner = self.needs - {"logits"}
+        inner = self.needs - {"logits", "sentence"}
         self.map = (tap_map or known_map(config.model_type)) if inner else None
         self.heads = getattr(config, "num_attention_heads", 0)
         depth = getattr(config, "num_hidden_layers", 0)
         self.layers = tuple(layers if layers is not None else range(1, depth + 1))
         self._modules: dict[tuple[str, int], nn.Module] = {}
         self._rotary: dict[int, nn.Module] = {}
+        if "sentence" in self.needs:
+            self._modules["sentence", 0] = getattr(model, "base_model", model)
         if self.map is not None:
             self._find(self.map)
 
@@ -217,7 +221,7 @@ class Taps:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 # The first call: DeBERTa calls query_proj again for its relative positions.
                 if key not in raw:
-                    raw[key] = output[0] if isinstance(output, tuple) else output
+                    raw[key] = output if isinstance(output, Tensor) else output[0]
                     if wants_grad:
                         require_grad(module, raw[key], key)
 
@@ -267,7 +271,7 @@ class Taps:
                 f"{type(self.model).__name__}: the modules that give {', '.join(sorted(missing))} "
                 "were not called in the forward pass. Compile the model after training, not before."
             )
-        captured.embedding = raw.get(("embedding", 0))
+        captured.embedding, captured.last = raw.get(("embedding", 0)), raw.get(("sentence", 0))
         for layer in self.layers:
             if "ffn" in self.needs:
                 captured.ffn[layer] = raw["ffn", layer]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +12,7 @@ import datasets
 import pyarrow as pa
 from datasets.table import InMemoryTable
 
+from kronbert.distill.sentences import split_sentences
 from kronbert.distill.tasks import Task
 from kronbert.distill.text import ROWS_AT_ONCE, load_text
 from kronbert.errors import DataError, DistillError
@@ -20,9 +20,6 @@ from kronbert.errors import DataError, DistillError
 if TYPE_CHECKING:
     from kronbert.distill.data import TaskData
     from kronbert.distill.stages import Stage
-
-# A full stop, and what follows it as a new sentence does. Abbreviations cut some sentences short.
-_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
 
 def unlabelled_text(
@@ -47,7 +44,7 @@ def unlabelled_text(
         for start in range(0, len(rows), ROWS_AT_ONCE):
             for paragraph in rows[start : start + ROWS_AT_ONCE]["text"]:
                 parts: list[str] = []
-                for sentence in _END.split(paragraph.strip()):
+                for sentence in split_sentences(paragraph):
                     if few <= len(sentence.split()) <= most:
                         parts.append(sentence)
                     else:

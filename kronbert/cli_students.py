@@ -45,21 +45,38 @@ def pretrain_student(
     valid: Annotated[
         str | None, typer.Option(help="held-out text; its losses are logged and drawn")
     ] = None,
-    valid_blocks: Annotated[int, typer.Option(min=1, help="blocks of it, evenly spaced")] = 128,
+    valid_blocks: Annotated[
+        int, typer.Option(min=1, help="blocks or sentences of it, evenly spaced")
+    ] = 128,
     words: Annotated[int | None, typer.Option(help="stop reading text after so many")] = None,
     epochs: Annotated[float | None, typer.Option(help="default: 1")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="default: 3e-3")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="default: 3e-3; sentences: 1e-3")
+    ] = None,
     optimizer: Annotated[
         Optimizer, typer.Option(help="of the layers' matrices; adamw for all else")
     ] = Optimizer.muon,
-    batch_size: Annotated[int | None, typer.Option(help="blocks per step; default: 32")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="blocks per step; default: 32; sentences: 128")
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="tokens per block; default: 128, or what the model takes")
+        int | None,
+        typer.Option(
+            help="tokens per block, or of a sentence at most; default: 128, or what the model takes"
+        ),
     ] = None,
     mlm: Annotated[
         bool | None,
         typer.Option("--mlm/--no-mlm", help="train the masked-LM head; default: if there is one"),
     ] = None,
+    sentences: Annotated[
+        bool,
+        typer.Option(
+            "--sentences",
+            help="learn the embeddings of the text's sentences, as a sentence encoder gives them; "
+            "best with --student, after a run without",
+        ),
+    ] = False,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
     half: Annotated[
         bool, typer.Option("--half", help="save float16 weights, loaded as float32")
@@ -92,6 +109,7 @@ def pretrain_student(
         batch_size=batch_size,
         max_length=max_length,
         mlm=mlm,
+        sentences=sentences,
         precision=precision,
         half=half,
         teacher_name=teacher_name,

@@ -23,6 +23,7 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
+from .shipped import find_shipped
 from .student_card import student_card, student_report
 
 __all__ = ["PretrainSettings", "pretrain_student"]
@@ -43,9 +44,11 @@ class PretrainSettings:
     init: "data" fits the first student to what the teacher's layers give on CALIBRATION blocks of
     the text, "weights" to their weights alone; see `kronbert.convert`.
     words: stop reading text after so many. optimizer: "adamw" for AdamW alone. mlm: train the
-    masked-LM head too; None: where the checkpoint has one. half: save float16 weights. licence: of
-    the student, for its model card.
-    None otherwise: the value of `kronbert.distill.recipes.kronbert.general_stage`."""
+    masked-LM head too; None: where the checkpoint has one. sentences: learn the embeddings of the
+    text's sentences (means over tokens), as a sentence encoder gives them, instead of packed
+    blocks; best after a run without, whose student ``student`` names. half: save float16 weights.
+    licence: of the student, for its model card.
+    None otherwise: what `general_stage` or `sentence_stage` of the recipe kronbert have."""
 
     model: str
     text: str
@@ -65,6 +68,7 @@ class PretrainSettings:
     batch_size: int | None = None
     max_length: int | None = None
     mlm: bool | None = None
+    sentences: bool = False
     precision: str = "auto"
     half: bool = False
     licence: str | None = None
@@ -82,6 +86,11 @@ class PretrainSettings:
             raise PlanError(
                 "pretrain-student: student= has its shapes; give it without factor=, preset= and "
                 "rules=."
+            )
+        if self.sentences and self.mlm:
+            raise DistillError(
+                "pretrain-student: sentences= and mlm=: no word of a sentence is masked whose "
+                "embedding is learnt. Give one of the two."
             )
         if self.student is None and not shapes:
             raise PlanError(
@@ -125,6 +134,7 @@ class _Pretraining:
 
         from .distill.checks import has_masked_lm
         from .distill.digests import rows_digest
+        from .distill.sentences import check_pooling
 
         self.settings, self.folder = settings, folder
         self.config = open_pretrained(AutoConfig, settings.model)
@@ -136,6 +146,9 @@ class _Pretraining:
                 "Leave mlm out: the intermediate terms teach the encoder."
             )
         self.mlm = has_head if settings.mlm is None else settings.mlm
+        if settings.sentences:
+            check_pooling(settings.model)
+            self.mlm = False
         self.stage = self._make_stage()
         if not folder.done("train"):
             self.teacher = open_encoder(settings.model, masked=self.mlm)
@@ -143,15 +156,16 @@ class _Pretraining:
             check_tokenizer(self.teacher, self.tokenizer, settings.model)
             self.student = self._make_student()
             folder.need_space(self.student.num_parameters())
-        blocks, held_out = self.blocks, self.held_out
-        said = f"{len(blocks)} blocks of {self.stage.max_length} tokens"
+        rows, held_out = self.rows, self.held_out
+        kind = "sentences of at most" if settings.sentences else "blocks of"
+        said = f"{len(rows)} {kind} {self.stage.max_length} tokens"
         if held_out is not None:
             said += f", {len(held_out)} held out"
-        folder.begin(said, rows_digest(blocks)[:16])
+        folder.begin(said, rows_digest(rows)[:16])
 
     def _make_stage(self) -> Any:
         from .distill.finetune import use_bf16
-        from .distill.recipes.kronbert import general_stage
+        from .distill.recipes.kronbert import general_stage, sentence_stage
 
         settings = self.settings
         use_bf16(settings.precision)
@@ -160,7 +174,11 @@ class _Pretraining:
             raise DataError(
                 f"max_length={settings.max_length}: {settings.model} takes {most} tokens at most."
             )
-        stage = general_stage(mlm=self.mlm, max_length=settings.max_length or min(128, most))
+        length = settings.max_length or min(128, most)
+        if settings.sentences:
+            stage = sentence_stage(max_length=length)
+        else:
+            stage = general_stage(mlm=self.mlm, max_length=length)
         if settings.optimizer == "adamw":
             stage = replace(stage, muon_rate=None)
         asked: dict[str, Any] = {
@@ -199,13 +217,17 @@ class _Pretraining:
         import torch
 
         from .distill.held_out import sample_rows
+        from .job_begin import FIT, row_batches
 
-        rows = sample_rows(self.blocks, CALIBRATION)["input_ids"]
+        if self.settings.sentences:
+            return row_batches(self.rows, FIT, self.settings.seed, self.tokenizer)
+        rows = sample_rows(self.rows, CALIBRATION)["input_ids"]
         return [{"input_ids": part} for part in torch.tensor(rows).split(8)]
 
     @cached_property
-    def blocks(self) -> Any:
-        return self._packed(self.settings.text, self.settings.words)
+    def rows(self) -> Any:
+        """What the student learns from: packed blocks of text, or its sentences."""
+        return self._rows(self.settings.text, self.settings.words)
 
     @cached_property
     def held_out(self) -> Any:
@@ -213,13 +235,15 @@ class _Pretraining:
 
         if self.settings.valid is None:
             return None
-        return sample_rows(self._packed(self.settings.valid, None), self.settings.valid_blocks)
+        return sample_rows(self._rows(self.settings.valid, None), self.settings.valid_blocks)
 
-    def _packed(self, source: str, words: int | None) -> Any:
+    def _rows(self, source: str, words: int | None) -> Any:
+        from .distill.sentences import sentence_rows
         from .distill.text import load_text, pack_text
 
         text = load_text(source, limit_tokens=words)
-        return pack_text(text, self.tokenizer, self.stage.max_length)
+        make = sentence_rows if self.settings.sentences else pack_text
+        return make(text, self.tokenizer, self.stage.max_length)
 
     def run(self) -> None:
         name = model_name(self.settings.model)
@@ -241,13 +265,14 @@ class _Pretraining:
             self.student,
             self.teacher,
             self.stage,
-            self.blocks,
+            self.rows,
             run,
             tokenizer=self.tokenizer,
             precision=settings.precision,
             keep_last=True,
             held_out=self.held_out,
             say=folder.say,
+            train_sampling_strategy="group_by_length" if settings.sentences else "random",
         )
         seconds = monotonic() - start
         student = self.student.to("cpu").float()
@@ -256,6 +281,7 @@ class _Pretraining:
         folder.save_model(student, self.tokenizer, "student", **how)
         return {
             "asked": self._asked(),
+            "before": self._before(),
             "teacher": {"name": settings.teacher_name or model_name(settings.model)} | teacher,
             "student": {
                 "class": type(student).__name__,
@@ -263,6 +289,7 @@ class _Pretraining:
                 "factor": student.kronecker_plan.dense_parameters / student.num_parameters(),
                 "dtype": "float16" if settings.half else "float32",
             },
+            "tokens_per_step": self._tokens_per_step(),
             "steps": history[-1]["step"],
             "steps_of_last_start": history[-1]["step"] - done,
             "training_seconds": round(seconds, 2),
@@ -270,14 +297,34 @@ class _Pretraining:
             "history": history,
         }
 
+    def _tokens_per_step(self) -> float:
+        """On average."""
+        from .distill.data import row_lengths
+
+        if not self.settings.sentences:
+            return float(self.stage.batch_size * self.stage.max_length)
+        lengths = row_lengths(self.rows)
+        return float(self.stage.batch_size * sum(lengths) / len(lengths))
+
     def _asked(self) -> dict[str, Any]:
         """factor and preset, those of the run that began where this one goes on."""
-        settings = self.settings
-        before = Path(settings.student or "", "report.json")
-        if settings.student is not None and before.is_file():
-            asked: dict[str, Any] = json.loads(before.read_text())["asked"]
+        before = self._before()
+        if before is not None:
+            asked: dict[str, Any] = before["asked"]
             return asked
-        return {"factor": settings.factor, "preset": settings.preset}
+        return {"factor": self.settings.factor, "preset": self.settings.preset}
+
+    def _before(self) -> dict[str, Any] | None:
+        """The report, without the log, of the run that made the student that this one goes on from;
+        None where there is no report."""
+        if self.settings.student is None:
+            return None
+        name = self.settings.student
+        report = Path(find_shipped(name) or name, "report.json")
+        if not report.is_file():
+            return None
+        found = json.loads(report.read_text())
+        return {key: value for key, value in found.items() if key not in ("history", "teacher")}
 
     def _report(self) -> dict[str, Any]:
         from .distill.held_out import curve_of

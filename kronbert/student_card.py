@@ -25,8 +25,7 @@ def student_report(
 
     from . import __version__
 
-    stage = trained["stage"]
-    per_step = stage["batch_size"] * stage["max_length"]
+    stage, per_step = trained["stage"], trained["tokens_per_step"]
     first = trained["steps"] - trained["steps_of_last_start"]
     aside = sum(
         row.get("held_out_seconds", 0)
@@ -38,12 +37,13 @@ def student_report(
         "schema": SCHEMA,
         "settings": _without_folders(settings),
         "asked": trained["asked"],
+        "before": trained["before"],
         "data": data,
         "teacher": trained["teacher"],
         "student": trained["student"],
         "licence": settings["licence"],
         "steps": trained["steps"],
-        "tokens": trained["steps"] * per_step,
+        "tokens": round(trained["steps"] * per_step),
         "seconds": trained["training_seconds"],
         "held_out_seconds": round(aside, 2),
         "tokens_per_second": round(trained["steps_of_last_start"] * per_step / max(busy, 1e-3), 1),
@@ -91,14 +91,15 @@ def student_card(report: Mapping[str, Any]) -> str:
         f"# {teacher['name']}, {student['factor']:.1f} times smaller",
         "",
         f"{student['parameters']:,} parameters for the teacher's {teacher['parameters']:,}; its "
-        f"weights are sums of Kronecker products, stored as {student['dtype']}. Distilled on "
-        "general text, not yet on a task: fine-tune it, or let `kronbert compress` start from it.",
+        f"weights are sums of Kronecker products, stored as {student['dtype']}. {_learnt(report)}",
         "",
         "```python",
         "import kronbert  # tells transformers about the format",
-        "from transformers import AutoModel",
+        "from transformers import AutoModel, AutoTokenizer",
         "",
-        'model = AutoModel.from_pretrained("this folder or its hub name")',
+        'name = "this folder or its hub name"',
+        "tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)",
+        *(_EMBEDDINGS if settings.get("sentences") else ()),
         "```",
         "",
         "## Training",
@@ -107,11 +108,12 @@ def student_card(report: Mapping[str, Any]) -> str:
         "|---|---|",
         f"| text | {settings['text']}: {report['data']} |",
         f"| objective | {terms} |",
-        f"| steps | {report['steps']:,} of {stage['batch_size']} blocks, "
+        f"| steps | {report['steps']:,} of {stage['batch_size']} {_rows(settings)}, "
         f"{report['tokens']:,} tokens |",
         f"| learning rate | {stage['learning_rate']:g}, {stage['scheduler']} |",
         f"| optimiser | {_optimiser(stage)} |",
         f"| seed | {stage['seed']} |",
+        *_before(report),
         f"| tokens per second | {report['tokens_per_second']:,.0f} |",
         "| versions | " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + " |",
         "",
@@ -133,6 +135,43 @@ def student_card(report: Mapping[str, Any]) -> str:
         ]
     lines += ["Every number on this page is in report.json. Task scores: not measured here.", ""]
     return "\n".join(lines)
+
+
+_EMBEDDINGS = (
+    'batch = tokenizer(["A sentence."], padding=True, truncation=True, return_tensors="pt")',
+    "states, mask = model(**batch).last_hidden_state, batch.attention_mask[..., None]",
+    "embeddings = (states * mask).sum(1) / mask.sum(1)  # of unpadded tokens",
+)
+
+
+def _learnt(report: Mapping[str, Any]) -> str:
+    if report["settings"].get("sentences"):
+        return (
+            "Distilled on general text, its sentence embeddings last: means over tokens, to be "
+            "compared by their cosines as the teacher's are. For a task fine-tune it, or let "
+            "`kronbert compress` start from it."
+        )
+    return (
+        "Distilled on general text, not yet on a task: fine-tune it, or let `kronbert compress` "
+        "start from it."
+    )
+
+
+def _rows(settings: Mapping[str, Any]) -> str:
+    return "sentences" if settings.get("sentences") else "blocks"
+
+
+def _before(report: Mapping[str, Any]) -> list[str]:
+    """The run whose student this one went on from, and what came before that."""
+    earlier, lines = report.get("before"), []
+    while earlier is not None:
+        lines.append(
+            f"| before | {earlier['steps']:,} steps of {earlier['stage']['batch_size']} "
+            f"{_rows(earlier['settings'])}, {earlier['tokens']:,} tokens of "
+            f"{earlier['settings']['text']} |"
+        )
+        earlier = earlier.get("before")
+    return lines
 
 
 def _optimiser(stage: Mapping[str, Any]) -> str:

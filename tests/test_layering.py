@@ -153,8 +153,8 @@ TABLE = {
     ),
     "student_card": Row("job_models", lazily="__init__", outside_lazily="torch transformers"),
     "pretrain": Row(
-        "errors job_folder job_models student_card",
-        lazily="checkpoint conversion distill.* job_start pictures",
+        "errors job_folder job_models shipped student_card",
+        lazily="checkpoint conversion distill.* job_begin job_start pictures",
         outside_lazily="torch transformers",
     ),
     "demo": Row("errors job job_models", lazily="distill.*", outside_lazily="huggingface_hub"),

@@ -70,6 +70,27 @@ def general_stage(*, mlm: bool = False, max_length: int = 128) -> Stage:
     )
 
 
+def sentence_stage(*, max_length: int = 128) -> Stage:
+    """For students of sentence encoders, after `general_stage`: 128 sentences a step, of which the
+    embeddings (means over tokens) shall point where the teacher's do.
+
+    The hidden states cost nothing: by the embeddings alone a student 8 times smaller than MiniLM
+    was no nearer after 400,000 tokens."""
+    terms = (Term(tap="embedding"), Term(tap="ffn"), Term(tap="sentence", weight=10.0))
+    return Stage(
+        name="sentences",
+        objective=Objective(terms=terms),
+        learning_rate=1e-3,
+        muon_rate=2.0,
+        epochs=1,
+        batch_size=128,
+        max_length=max_length,
+        warmup_ratio=0.05,
+        weight_decay=0.0,
+        dropout=0.0,
+    )
+
+
 def is_large(task: str | None, tokens: int | None) -> bool:
     """Whether a training set is: by its ``tokens``; None: by what GLUE's of that name has."""
     if tokens is not None:

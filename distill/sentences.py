@@ -1,0 +1,84 @@
+"""Running text as rows of one sentence each, for students of sentence encoders."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets.table import InMemoryTable
+
+from kronbert.distill.text import ROWS_AT_ONCE
+from kronbert.errors import DataError, DistillError
+
+# A full stop, and what follows it as a new sentence does. Abbreviations cut some sentences short.
+_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+
+POOLING = "1_Pooling/config.json"
+"""Where sentence-transformers says how token states become one embedding."""
+
+
+def split_sentences(paragraph: str) -> list[str]:
+    """The sentences of a paragraph, in order."""
+    return _END.split(paragraph.strip())
+
+
+def sentence_rows(
+    text: datasets.Dataset,
+    tokenizer: Any,
+    max_length: int = 128,
+    *,
+    words: tuple[int, int] = (4, 64),
+) -> datasets.Dataset:
+    """The sentences of ``text`` (column text, one paragraph a row) as rows of tokens: input_ids and
+    attention_mask, cut at ``max_length``, of their own lengths.
+
+    words: fewest and most between blanks; other sentences are left out."""
+    few, most = words
+
+    def found() -> Iterator[pa.RecordBatch]:
+        for start in range(0, len(text), ROWS_AT_ONCE):
+            paragraphs = text[start : start + ROWS_AT_ONCE]["text"]
+            each = (sentence for paragraph in paragraphs for sentence in split_sentences(paragraph))
+            kept = [sentence for sentence in each if few <= len(sentence.split()) <= most]
+            if not kept:
+                continue
+            rows = tokenizer(kept, truncation=True, max_length=max_length)
+            columns = (
+                pa.array(rows["input_ids"], pa.list_(pa.int32())),
+                pa.array(rows["attention_mask"], pa.list_(pa.int8())),
+            )
+            yield pa.record_batch(columns, names=["input_ids", "attention_mask"])
+
+    batches = list(found())
+    if not batches:
+        raise DataError(f"the text has no sentence of {few} to {most} words: give more of it.")
+    return datasets.Dataset(InMemoryTable(pa.Table.from_batches(batches)))
+
+
+def check_pooling(model: str) -> None:
+    """Raise `DistillError` where a sentence encoder takes something else than the mean over its
+    tokens' last hidden states. Nothing is known of a model without `POOLING`."""
+    from transformers.utils import cached_file
+
+    path = Path(model).expanduser() / POOLING
+    if not Path(model).expanduser().is_dir():
+        try:
+            path = Path(str(cached_file(model, POOLING)))
+        except (OSError, ValueError):
+            return
+    if not path.is_file():
+        return
+    told = json.loads(path.read_text())
+    ways = [key for key, value in told.items() if key.startswith("pooling_mode") and value is True]
+    way = told.get("pooling_mode") or " and ".join(ways)
+    if way not in ("mean", "pooling_mode_mean_tokens"):
+        raise DistillError(
+            f"{model}: its sentence embedding is {way or 'unknown'} ({POOLING}); the term "
+            "'sentence' compares means over tokens. Leave sentences out: hidden states are learnt "
+            "all the same."
+        )
