@@ -175,13 +175,11 @@ def cosine_sentence(student: Tensor, teacher: Tensor, mask: Tensor | None = None
 
     Half the squared distance of the normalised embeddings (Reimers and Gurevych 2020)."""
     require_same("last hidden states", student, teacher)
-    means = []
+    sums = []  # they point where the means do
     for states in (exact(student), exact(teacher)):
-        keep = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
-        means.append(
-            torch.einsum("bth,bt->bh", states, keep)
-        )  # the count leaves the angle as it is
-    return (1 - torch.cosine_similarity(*means, dim=-1)).mean()
+        kept = states if mask is None else states.masked_fill(~mask.bool()[..., None], 0)
+        sums.append(kept.sum(1))
+    return (1 - torch.cosine_similarity(sums[0], sums[1], dim=-1)).mean()
 
 
 def mse_scores(

@@ -48,10 +48,10 @@ def sentence_rows(
             if not kept:
                 continue
             rows = tokenizer(kept, truncation=True, max_length=max_length)
-            columns = (
+            columns = [
                 pa.array(rows["input_ids"], pa.list_(pa.int32())),
                 pa.array(rows["attention_mask"], pa.list_(pa.int8())),
-            )
+            ]
             yield pa.record_batch(columns, names=["input_ids", "attention_mask"])
 
     batches = list(found())
