@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from kronbert.distill import Objective, Term
-from kronbert.distill.objectives import kl_logits, mse_hidden, mse_logits, mse_scores
+from kronbert.distill.objectives import (
+    cosine_sentence,
+    kl_logits,
+    mse_hidden,
+    mse_logits,
+    mse_scores,
+)
 from kronbert.errors import DistillError
 
 
@@ -112,6 +118,24 @@ def test_mse_hidden_is_the_mean_over_unpadded_tokens():
     torch.testing.assert_close(mse_hidden(s, t), ((s - t) ** 2).mean())
     with pytest.raises(DistillError, match=r"hidden states: student \(2, 6, 5\), teacher"):
         mse_hidden(s, t[..., :4])
+
+
+def test_cosine_sentence_is_half_the_square_of_the_normalised_means():
+    s, t, mask = torch.randn(2, 6, 5), torch.randn(2, 6, 5), ragged(6)
+
+    def means(x):
+        pooled = torch.stack([x[0].mean(0), x[1, :3].mean(0)])
+        return pooled / pooled.norm(dim=-1, keepdim=True)
+
+    expected = (means(s) - means(t)).square().sum(-1).mean() / 2
+    torch.testing.assert_close(cosine_sentence(s, t, mask), expected)
+    loud = s.masked_fill(~mask.bool()[..., None], torch.nan)
+    assert cosine_sentence(loud, t, mask) == cosine_sentence(s, t, mask)
+    assert abs(cosine_sentence(3 * t, t, mask)) < 1e-6
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cosine_sentence(s.bfloat16(), t.bfloat16(), mask).dtype == torch.float32
+    with pytest.raises(DistillError, match=r"last hidden states: student \(2, 6, 5\), teacher"):
+        cosine_sentence(s, t[..., :4])
 
 
 def test_kl_logits_is_the_definition():

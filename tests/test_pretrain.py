@@ -1,6 +1,8 @@
 """`kronbert pretrain-student`: what it saves, what it measures, and that a kill changes nothing."""
 
 import json
+import runpy
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, Trainer
 
 import kronbert
 from kronbert.distill import finetune
+from kronbert.distill.sentences import check_pooling
 from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
 from kronbert.pretrain import PretrainSettings, pretrain_student
 
@@ -219,6 +222,60 @@ def test_going_on_from_a_student(finished, texts, tmp_path):
     assert str(whole) not in json.dumps(content)
 
 
+def test_sentences_point_where_the_teachers_do(finished, texts, tiny_bert, tmp_path):
+    whole, settings, before, _ = finished
+    student = str(whole / "student")
+    asked = {"student": student, "factor": None, "sentences": True, "learning_rate": 1e-2}
+    more = replace(settings, output=str(tmp_path / "out"), **asked)
+    report = pretrain_student(more, lambda _: None)
+    start, end = report["held_out"]["start"], report["held_out"]["end"]
+    assert end["loss_sentence"] < 0.7 * start["loss_sentence"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    rows = [line for line in texts[0].read_text().splitlines() if len(line.split()) > 3]
+    lengths = [len(ids[:16]) for ids in tokenizer(rows)["input_ids"]]
+    assert report["data"].startswith(f"{len(rows)} sentences of at most 16 tokens")
+    assert report["steps"] == 4 * -(-len(rows) // 8)
+    mean = sum(lengths) / len(rows)
+    assert report["tokens"] == round(report["steps"] * 8 * mean)
+    assert report["before"]["steps"] == before["steps"]
+    assert "history" not in report["before"]
+    card = (tmp_path / "out/student/README.md").read_text()
+    assert f"| before | {before['steps']:,} steps of 8 blocks, {before['tokens']:,} tokens" in card
+    usage = card.split("```python")[1].split("```")[0].replace("this folder or its hub name",
+                                                               str(tmp_path / "out/student"))  # fmt: skip
+    (tmp_path / "usage.py").write_text(usage.replace("A sentence.", rows[0]))
+    found = runpy.run_path(str(tmp_path / "usage.py"))
+    teacher = AutoModel.from_pretrained(tiny_bert).eval()
+    theirs = teacher(**found["batch"]).last_hidden_state.mean(1)
+    cosine = torch.cosine_similarity(found["embeddings"], theirs)
+    assert cosine > 1 - 3 * end["loss_sentence"]
+
+
+def test_a_first_student_may_begin_with_sentences(tiny_bert, texts, tmp_path):
+    asked = {"sentences": True, "init": "data", "epochs": 0.1}
+    report = pretrain_student(settings_for(tiny_bert, texts, tmp_path / "out", **asked))
+    assert report["before"] is None
+    weights = settings_for(tiny_bert, texts, tmp_path / "b", **(asked | {"init": "weights"}))
+    other = pretrain_student(weights)
+    first, second = (one["held_out"]["start"]["loss_ffn"] for one in (report, other))
+    assert first < 0.9 * second
+
+
+def test_another_pooling_is_refused(tiny_bert, texts, tmp_path):
+    model = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    (model / "1_Pooling").mkdir()
+    told = model / "1_Pooling/config.json"
+    told.write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+    asked = settings_for(model, texts, tmp_path / "out", sentences=True)
+    with pytest.raises(DistillError, match="its sentence embedding is pooling_mode_cls_token"):
+        pretrain_student(asked)
+    for mean in ('{"pooling_mode_mean_tokens": true}', '{"pooling_mode": "mean"}'):
+        told.write_text(mean)
+        check_pooling(str(model))
+    check_pooling(str(tiny_bert))
+    check_pooling("someone/not-here")
+
+
 def test_what_does_not_go_together(masked, tiny_bert, finished, texts, tmp_path):
     with pytest.raises(PlanError, match="expected factor=, preset=, rules= or student="):
         settings_for(tiny_bert, texts, tmp_path, factor=None)
@@ -228,6 +285,8 @@ def test_what_does_not_go_together(masked, tiny_bert, finished, texts, tmp_path)
         settings_for(tiny_bert, texts, tmp_path, preset="k8")
     with pytest.raises(DistillError, match="optimizer='sgd': expected 'adamw' or 'muon'"):
         settings_for(tiny_bert, texts, tmp_path, optimizer="sgd")
+    with pytest.raises(DistillError, match="sentences= and mlm=: no word of a sentence is masked"):
+        settings_for(tiny_bert, texts, tmp_path, sentences=True, mlm=True)
     with pytest.raises(DistillError, match="has no masked-LM head"):
         pretrain_student(settings_for(tiny_bert, texts, tmp_path / "a", mlm=True))
     with pytest.raises(DataError, match="takes 64 tokens at most"):

@@ -94,8 +94,10 @@ def test_shapes_and_gradients(kind):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_hidden_states_are_the_models_own(kind):
     model, batch = a_model(kind), a_batch(kind)
-    with torch.no_grad(), Taps(model, {"embedding", "ffn"}).capture() as seen:
+    with torch.no_grad(), Taps(model, {"embedding", "ffn", "sentence"}).capture() as seen:
         hidden = model(**batch, output_hidden_states=True).hidden_states
+        last = model.base_model(**batch).last_hidden_state
+    torch.testing.assert_close(seen.last, last)
     assert seen.embedding is not None
     torch.testing.assert_close(seen.embedding, hidden[0])
     torch.testing.assert_close(seen.ffn[1], hidden[1])
