@@ -241,8 +241,8 @@ def test_sentences_point_where_the_teachers_do(finished, texts, tiny_bert, tmp_p
     assert "history" not in report["before"]
     card = (tmp_path / "out/student/README.md").read_text()
     assert f"| before | {before['steps']:,} steps of 8 blocks, {before['tokens']:,} tokens" in card
-    usage = card.split("```python")[1].split("```")[0].replace("this folder or its hub name",
-                                                               str(tmp_path / "out/student"))  # fmt: skip
+    usage = card.split("```python")[1].split("```")[0]
+    usage = usage.replace("this folder or its hub name", str(tmp_path / "out/student"))
     (tmp_path / "usage.py").write_text(usage.replace("A sentence.", rows[0]))
     found = runpy.run_path(str(tmp_path / "usage.py"))
     teacher = AutoModel.from_pretrained(tiny_bert).eval()
