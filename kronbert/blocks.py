@@ -220,7 +220,7 @@ def ffn_norm(
     if made is not None:
         return made
     y = ffn(x, expand, contract, gelu=gelu)
-    if not dropout and cpu.in_place(y):
+    if not dropout and cpu.in_place(y) and y.dtype == x.dtype:
         return residual_norm(y.add_(x), None, norm)
     return residual_norm(y, x, norm, dropout=dropout)
 

@@ -43,6 +43,12 @@ def plan(
     print its relative error (seconds for BERT-base; False: sizes only)."""
     if isinstance(model_or_config, nn.Module):
         _check_model(model_or_config)
+    stored: Any = getattr(model_or_config, "quantization_config", None)
+    if stored is not None and stored.get("quant_method") == "kronecker":
+        raise PlanError(
+            "plan: the config is a student's, converted before. Plan the dense teacher; what "
+            "became of a student's layers is its kronecker_plan."
+        )
     wanted = _config(factor, preset, rules, keep, config)
     made = make_plan(inventory(model_or_config), wanted)
     if not errors or not isinstance(model_or_config, nn.Module):

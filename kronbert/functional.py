@@ -81,10 +81,13 @@ def kron_embedding(
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ShapeError(f"kron_embedding: ids of {ids.dtype}: expected integers. Call ids.long().")
     groups, starts = _table("kron_embedding", a, b, starts)
-    flat = ids.reshape(-1)  # autocast casts the rows that are read, never the table
-    y = _rows(flat, *groups[0])
-    for pair, start in zip(groups[1:], starts[1:], strict=True):
-        y = _add_rows(y, flat, pair, start, entries=_entries(groups[0]))
+    flat = ids.reshape(-1)
+    device = flat.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # which leaves nn.Embedding's rows alone, too
+            y = _all_rows(flat, groups, starts)
+    else:
+        y = _all_rows(flat, groups, starts)
     if padding_idx is not None and torch.is_grad_enabled():
         if padding_idx < 0:
             padding_idx += _entries(groups[0])
@@ -189,6 +192,13 @@ def _scores(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # a as it lies: a copy of a table costs more than the product.
     y = F.linear(z.reshape(n * shape.b_out, inner), a.reshape(a_out, inner))
     return y.view(n, shape.b_out, a_out).transpose(1, 2).reshape(n, shape.out_features)
+
+
+def _all_rows(flat: Tensor, groups: Pairs, starts: Sequence[int]) -> Tensor:
+    y = _rows(flat, *groups[0])
+    for pair, start in zip(groups[1:], starts[1:], strict=True):
+        y = _add_rows(y, flat, pair, start, entries=_entries(groups[0]))
+    return y
 
 
 def _rows(flat: Tensor, a: Tensor, b: Tensor) -> Tensor:

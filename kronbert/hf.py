@@ -69,6 +69,11 @@ class KroneckerQuantizationConfig(QuantizationConfigMixin):
         self.layers = dict(layers)
         self.dense_parameters = dense_parameters
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dictionary that config.json holds: `from_pretrained(config=student.config)`
+        asks a configuration whichever it is."""
+        return self.to_dict().get(key, default)
+
     @classmethod
     def from_plan(
         cls, plan: Plan, prefix: str, dense_parameters: int
@@ -334,6 +339,13 @@ def check_tensors(files: list[Path], layers: Mapping[str, nn.Module], model: nn.
             if key not in found[name]:
                 if isinstance(module, KroneckerLMHead):
                     continue  # its bias may be stored under the model's own name for it
+                if "weight" in found[name]:
+                    raise CheckpointError(
+                        f"{where}: {name!r} was dense when it was saved (the file has "
+                        f"'{name}.weight'), but config.json has shapes for it. Take it out of "
+                        "quantization_config.layers in config.json, or, where none of them is left "
+                        "in the model, quantization_config."
+                    )
                 raise CheckpointError(
                     f"{where}: tensor '{name}.{key}' {shape} is missing. The checkpoint is "
                     "incomplete: copy or save it again."

@@ -46,6 +46,15 @@ class KroneckerTerms(nn.Module):
         )  # a parameter with weak references is not swapped
         super()._load_from_state_dict(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has no weight of its own: it is multiplied out of a and b "
+                "at every reading. Set these, or change the dense twin (kronbert.merge) and "
+                "convert that."
+            )
+        super().__setattr__(name, value)
+
     @property
     def shapes(self) -> str:
         return " + ".join(str(shape) for shape in self.groups)

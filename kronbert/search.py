@@ -202,6 +202,8 @@ def choose(
     an eighth of that, a pooler's half a layer. Raises `PlanError` when even the smallest shapes are
     too large, with the factor they reach.
     """
+    if not total:
+        raise PlanError(f"factor={factor:g}: the model has no parameter. Give one with layers.")
     budget = math.floor(total / factor) - settled
     classes: dict[tuple[str, str, int, int], list[LayerSize]] = {}
     for layer in free:

@@ -1,5 +1,6 @@
 """Saved students: what comes back, and what a damaged folder says."""
 
+import copy
 import json
 import shutil
 
@@ -79,6 +80,20 @@ def test_load_and_the_auto_class_give_the_same(saved):
         assert not loaded.training
         assert torch.equal(loaded(IDS).logits, student(IDS).logits)
         assert loaded.config.id2label[4] == "L4"
+
+
+def test_a_students_own_config_loads_it(saved):
+    student, folder = saved
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    for config in (student.config, loaded.config, copy.deepcopy(loaded.config)):
+        for again in (
+            AutoModelForSequenceClassification.from_pretrained(folder, config=config),
+            BertForSequenceClassification.from_pretrained(
+                None, config=config, state_dict=student.state_dict()
+            ),
+            kronbert.load(folder, config=config),
+        ):
+            assert torch.equal(again.eval()(IDS).logits, student(IDS).logits)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +252,20 @@ def test_damaged_tensors(folder, door, change, said):
         said = said.replace(r"'bert\.", "'").replace("'bert.", "'")
     with pytest.raises(CheckpointError, match=said):
         DOORS[door](folder)
+
+
+def test_a_layer_made_dense_before_saving_is_named(tmp_path):
+    student = student_of(BertForSequenceClassification)
+    student.bert.pooler.dense = student.bert.pooler.dense.to_linear()
+    student.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"'bert.pooler.dense' was dense when it was saved"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["layers"]["bert.pooler.dense"]
+    path.write_text(json.dumps(config))
+    loaded = kronbert.load(tmp_path)
+    assert torch.equal(loaded(IDS).logits, student(IDS).logits)
 
 
 @pytest.mark.parametrize("name", ["classifier.weight", "bert.embeddings.LayerNorm.bias"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, BertConfig, BertForMaskedLM
 
 import kronbert
 from kronbert import PlanError
@@ -179,3 +179,23 @@ def test_a_plan_without_the_row_of_a_tied_head():
     told["layers"] = [row for row in told["layers"] if not row["tied_to"]]
     with pytest.raises(PlanError, match=r"decoder' shares its weight .* for both or neither"):
         kronbert.convert(model, plan=kronbert.Plan.from_json(told))
+
+
+def test_a_students_config_is_not_planned_as_a_teachers(tmp_path):
+    student = kronbert.convert(classifier(), 4)
+    student.save_pretrained(tmp_path)
+    for config in (student.config, AutoConfig.from_pretrained(tmp_path)):
+        with pytest.raises(PlanError, match="the config is a student's, converted before"):
+            kronbert.plan(config, factor=4)
+
+
+def test_nothing_to_convert():
+    with pytest.raises(PlanError, match="the model has no parameter"):
+        kronbert.convert(nn.ReLU(), factor=4)
+
+
+def test_a_weight_is_read_not_set():
+    student = kronbert.convert(classifier(), 4)
+    for layer in (student.bert.pooler.dense, student.bert.embeddings.word_embeddings):
+        with pytest.raises(AttributeError, match=r"Kronecker\w+ has no weight of its own"):
+            layer.weight = nn.Parameter(torch.zeros(layer.weight.shape))

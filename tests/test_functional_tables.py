@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from kronbert import functional, reference
 from tests.random_terms import terms
@@ -37,12 +38,14 @@ def test_gradients_of_tables():
         assert torch.autograd.gradgradcheck(functional.kron_logits, (h, a, b))
 
 
-def test_autocast_of_an_embedding():
-    a, b = terms("3:50x6*1x4", torch.float32)
-    ids, a = torch.tensor([[1, 2, 49]]), a.transpose(0, 1)
+@pytest.mark.parametrize("spec", ["3:50x6*1x4", "2:10x6*5x4"])
+def test_autocast_leaves_an_embedding_as_it_leaves_torchs(spec):
+    (a, b), (c, d) = terms(spec, torch.float32), terms("50x1*1x24", torch.float32)
+    ids, a, c = torch.tensor([[1, 2, 49]]), a.transpose(0, 1), c.transpose(0, 1)[20:]
     with torch.autocast("cpu", torch.bfloat16):
-        found = functional.kron_embedding(ids, a, b)
-    assert torch.equal(found, functional.kron_embedding(ids, a.bfloat16(), b.bfloat16()))
+        found = functional.kron_embedding(ids, [a, c], [b, d], starts=[0, 20])
+        assert nn.Embedding(50, 24)(ids).dtype == found.dtype == torch.float32
+    assert torch.equal(found, functional.kron_embedding(ids, [a, c], [b, d], starts=[0, 20]))
 
 
 @pytest.mark.parametrize(

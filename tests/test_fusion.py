@@ -291,3 +291,18 @@ def test_decoder(calls):
     assert_same(gradients(ours, **inputs), gradients(plain, **inputs))
     assert not calls["qkv"]
     assert calls["ffn_norm"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_autocast_keeps_hidden_states_as_the_dense_model_does(name):
+    """bfloat16 products, and what lies between them in float32; with gradients and without."""
+    ours, plain = twins(name)
+    dense = kronbert.merge(plain)
+    for gradients_too in (True, False):
+        with torch.set_grad_enabled(gradients_too), torch.autocast("cpu", torch.bfloat16):
+            kinds = [
+                [state.dtype for state in one(**INPUTS, output_hidden_states=True).hidden_states]
+                for one in (dense, plain, ours)
+            ]
+        assert kinds[1] == kinds[0]
+        assert kinds[2] == kinds[0]
