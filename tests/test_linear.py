@@ -145,5 +145,5 @@ def test_a_shape_that_does_not_fit():
 
 
 def test_a_dense_weight_cannot_be_hung_on_it():
-    with pytest.raises(KeyError, match="already exists"):
+    with pytest.raises(AttributeError, match="KroneckerLinear has no weight of its own"):
         KroneckerLinear(14, 15, ONE).weight = nn.Parameter(torch.zeros(15, 14))
