@@ -230,7 +230,12 @@ class _StageTrainer(DistillTrainer):
 
 
 class _SeededSampler(Sampler[int]):
-    """A random order of the rows, grouped by length where lengths are given."""
+    """A random order of the rows, in batches of like lengths where lengths are given.
+
+    transformers' grouping sorts 50 batches at a time by length, longest first, and leaves them so:
+    a student drifts with the lengths, and is worst on all rows after the short ones. Here the
+    batches are shuffled, but for the first one, the longest of all, so that memory runs out at
+    once or not at all, and the last, which may be smaller."""
 
     def __init__(
         self, rows: int, lengths: Sequence[int] | None, batch_size: int, seed: Callable[[], int]
@@ -244,7 +249,12 @@ class _SeededSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed())
         if self.lengths is None:
             return iter(torch.randperm(self.rows, generator=generator).tolist())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        size = self.batch_size
+        first, *middle = (order[start : start + size] for start in range(0, self.rows, size))
+        last = middle.pop() if middle else []
+        places = torch.randperm(len(middle), generator=generator).tolist()
+        return iter([*first, *(row for place in places for row in middle[place]), *last])
 
 
 class _Bar(ProgressCallback):

@@ -101,6 +101,7 @@ TABLES = {
         RESULTS / "structures.json", RESULTS / "structure_latency.json"
     ),
     "starts": lambda: stage1_tables.starts(RESULTS / "starts.json"),
+    "sentences": lambda: stage1_tables.sentences(RESULTS / "sentences.json"),
     "stage1": lambda: stage1_tables.stage1(RESULTS / "stage1.json"),
 }
 

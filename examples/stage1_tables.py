@@ -59,6 +59,32 @@ def _notes(content: dict[str, Any]) -> str:
     )
 
 
+def sentences(path: Path) -> str:
+    """What students of a sentence encoder keep of it, by sentence_study.py."""
+    if not path.is_file():
+        return NONE
+    content = json.loads(path.read_text())
+    lines = [
+        "| model | parameters | likeness, Spearman | search: answer found first | among ten | "
+        "cosine with the teacher's |",
+        "|---|---|---|---|---|---|",
+    ]
+    teacher = content["rows"][0]
+    for row in content["rows"]:
+        cells = [row["name"], f"{row['parameters'] / 1e6:.2f} M"]
+        for key in ("spearman", "first", "among_ten"):
+            share = "" if row is teacher else f", {100 * row[key] / teacher[key]:.0f} %"
+            cells.append(f"{100 * row[key]:.1f}{share}")
+        lines.append("| " + " | ".join([*cells, f"{row['cosine']:.3f}"]) + " |")
+    said = (
+        f"Without training on a task, in float32. Likeness: {content['pairs']:,} pairs of STS-B's "
+        f"dev set. Search: {content['questions']:,} questions of QNLI's dev set among the "
+        f"{content['sentences']:,} sentences that answer one. Percent: student / teacher. "
+        f"{content['machine']}; commit {content['commit'][:8]}; `{content['command']}`."
+    )
+    return "\n".join([*lines, "", said])
+
+
 def structures(path: Path, latency: Path) -> str:
     """What students of one size and several structures learnt of tasks, by structure_study.py, and
     how fast they are, by structure_latency.py."""

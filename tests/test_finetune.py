@@ -115,6 +115,19 @@ def test_every_row_once_an_epoch_in_another_order():
         assert list(kind) != first
 
 
+def test_batches_of_like_lengths_come_in_no_order_of_length():
+    lengths = torch.randint(3, 60, (1003,), generator=torch.Generator().manual_seed(5)).tolist()
+    order = list(finetune._SeededSampler(1003, lengths, 10, lambda: 3))
+    batches = [[lengths[row] for row in order[at : at + 10]] for at in range(0, 1003, 10)]
+    assert max(lengths) in batches[0]
+    assert len(batches[-1]) == 3
+    spreads = [max(batch) - min(batch) for batch in batches[1:-1]]
+    assert sum(spreads) / len(spreads) < 5
+    means = torch.tensor([sum(batch) / len(batch) for batch in batches[1:-1]])
+    around = means - means.mean()
+    assert (around[1:] * around[:-1]).mean().abs() < 0.25 * around.square().mean()
+
+
 def test_keep_last_leaves_the_end(tiny_bert, rows, tokenizer, tmp_path):
     given = {"tokenizer": tokenizer, "precision": "fp32", "checkpoints": 2, "keep_last": True}
     model = model_of(tiny_bert)

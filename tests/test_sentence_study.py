@@ -80,3 +80,11 @@ def test_figures_of_teacher_and_students(study, tiny_bert, tmp_path, monkeypatch
     assert rows["teacher"]["first"] == pytest.approx(np.mean([rank < 1 for rank in ranks]))
     assert rows["teacher"]["among_ten"] == pytest.approx(np.mean([rank < 10 for rank in ranks]))
     assert 0 < rows["teacher"]["first"] < rows["teacher"]["among_ten"] < 1
+    table = importlib.import_module("stage1_tables")
+    head, _, *lines, _, note = table.sentences(results).splitlines()
+    assert [line.count("|") for line in lines] == [head.count("|")] * 3
+    share = 100 * rows["saved"]["first"] / rows["teacher"]["first"]
+    assert f"| {100 * rows['saved']['first']:.1f}, {share:.0f} % |" in lines[2]
+    assert f"| {100 * rows['teacher']['spearman']:.1f} |" in lines[0]
+    assert f"{len(unlike)} pairs" in note
+    assert table.sentences(tmp_path / "none.json") == "not measured"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 import kronbert
 from kronbert import cli_students, shipped
@@ -176,3 +176,33 @@ def test_wheel_and_sdist_carry_students(tmp_path):
                            capture_output=True, check=False)  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     assert str(tmp_path / "installed" / "kronbert" / "students") in shown.stdout
+
+
+SENTENCES = (
+    "A man is playing a guitar on the street.",
+    "Someone plays music outside.",
+    "The stock market fell sharply on Monday.",
+    "Shares dropped at the start of the week.",
+    "How do I reset my password?",
+    "The cat sleeps on the warm roof.",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("kronbert/minilm-x8", 0.7), ("kronbert/minilm-x19", 0.5)]
+)
+def test_what_comes_with_the_package_embeds_sentences_as_its_teacher(minilm_path, name, near):
+    folder = kronbert.shipped_path(name)
+    report = json.loads((folder / "report.json").read_text())
+    assert (folder / "README.md").read_text() == student_card(report)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+    mask = batch["attention_mask"][..., None]
+    with torch.no_grad():
+        own, theirs = (
+            torch.nn.functional.normalize((model(**batch).last_hidden_state * mask).sum(1), dim=1)
+            for model in (kronbert.load(name).eval(), AutoModel.from_pretrained(minilm_path).eval())
+        )
+    assert (own * theirs).sum(1).mean() > near
+    assert torch.equal((own @ own.T).fill_diagonal_(0).argmax(1)[:4], torch.tensor([1, 0, 3, 2]))
+    assert torch.equal((own @ theirs.T).argmax(1), torch.arange(len(SENTENCES)))
