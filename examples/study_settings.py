@@ -54,8 +54,8 @@ FROM_SIGNS = "from-signs"
 and signs had no block of their own."""
 
 AS_LARGE = "as-large"
-"""The tag of MNLI's run at 19x that had the passes of a large training set for 12,988 rows, as tasks
-of that name had until their tokens were counted."""
+"""The tag of MNLI's run at 19x that had the passes of a large training set for 12,988 rows, as
+tasks of that name had until their tokens were counted."""
 
 BESIDE = {
     **dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER),
