@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     EvalPrediction,
     ProgressCallback,
 )
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from kronbert.distill.averaging import has_average
 from kronbert.distill.checks import check_pair, supervised_layers
@@ -33,6 +31,7 @@ from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.held_out import HeldOut, held_out_batches
 from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.pieces import Pieces
+from kronbert.distill.sampling import SeededSampler
 from kronbert.distill.stages import Stage
 from kronbert.distill.teacher_cache import States, WithStates, states_wanted, with_teacher
 from kronbert.distill.trainer import DistillTrainer
@@ -134,6 +133,7 @@ def run_stage(
         compute_metrics=compute_metrics(task) if task else None,
         processing_class=tokenizer,
     )
+    trainer.mixed = task is None
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(_Bar)
     if held_out is not None:
@@ -216,45 +216,21 @@ def own_forward(model: nn.Module) -> Iterator[None]:
 
 class _StageTrainer(DistillTrainer):
     """Draws an epoch's batches from seed and epoch alone, so that a resumed run sees the rows that
-    the interrupted one had left; transformers' length grouping draws from the global generator."""
+    the interrupted one had left; transformers' length grouping draws from the global generator.
+    mixed: see `SeededSampler`."""
+
+    mixed = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        return _SeededSampler(
+        return SeededSampler(
             len(rows),
             row_lengths(rows) if grouped else None,
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
             lambda: self.args.seed * 1000 + int(self.state.epoch or 0),
+            mixed=self.mixed,
         )
-
-
-class _SeededSampler(Sampler[int]):
-    """A random order of the rows, in batches of like lengths where lengths are given.
-
-    transformers' grouping sorts 50 batches at a time by length, longest first, and leaves them so:
-    a student drifts with the lengths, and is worst on all rows after the short ones. Here the
-    batches are shuffled, but for the first one, the longest of all, so that memory runs out at
-    once or not at all, and the last, which may be smaller."""
-
-    def __init__(
-        self, rows: int, lengths: Sequence[int] | None, batch_size: int, seed: Callable[[], int]
-    ) -> None:
-        self.rows, self.lengths, self.batch_size, self.seed = rows, lengths, batch_size, seed
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed())
-        if self.lengths is None:
-            return iter(torch.randperm(self.rows, generator=generator).tolist())
-        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
-        size = self.batch_size
-        first, *middle = (order[start : start + size] for start in range(0, self.rows, size))
-        last = middle.pop() if middle else []
-        places = torch.randperm(len(middle), generator=generator).tolist()
-        return iter([*first, *(row for place in places for row in middle[place]), *last])
 
 
 class _Bar(ProgressCallback):

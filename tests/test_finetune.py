@@ -22,6 +22,7 @@ from kronbert.distill.finetune import (
     run_stage,
     use_bf16,
 )
+from kronbert.distill.sampling import SeededSampler
 from kronbert.distill.tasks import Task
 from kronbert.errors import DistillError
 
@@ -104,8 +105,8 @@ def test_interruption_changes_no_weight(step, interrupted, tiny_bert, rows, toke
 def test_every_row_once_an_epoch_in_another_order():
     epoch = 0
     lengths = [5, 9, 7, 5, 3, 8, 8, 2, 4, 6]
-    sampler = finetune._SeededSampler(10, lengths, 2, lambda: epoch)
-    plain = finetune._SeededSampler(10, None, 2, lambda: epoch)
+    sampler = SeededSampler(10, lengths, 2, lambda: epoch)
+    plain = SeededSampler(10, None, 2, lambda: epoch)
     for kind in (sampler, plain):
         epoch = 0
         first = list(kind)
@@ -117,7 +118,7 @@ def test_every_row_once_an_epoch_in_another_order():
 
 def test_batches_of_like_lengths_come_in_no_order_of_length():
     lengths = torch.randint(3, 60, (1003,), generator=torch.Generator().manual_seed(5)).tolist()
-    order = list(finetune._SeededSampler(1003, lengths, 10, lambda: 3))
+    order = list(SeededSampler(1003, lengths, 10, lambda: 3, mixed=True))
     batches = [[lengths[row] for row in order[at : at + 10]] for at in range(0, 1003, 10)]
     assert max(lengths) in batches[0]
     assert len(batches[-1]) == 3
