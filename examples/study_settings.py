@@ -57,6 +57,10 @@ AS_LARGE = "as-large"
 """The tag of MNLI's run at 19x that had the passes of a large training set for 12,988 rows, as
 tasks of that name had until their tokens were counted."""
 
+SHUFFLED = "shuffled"
+"""The tag of CoLA's run at 4x whose batches of like lengths came in mixed order, as those of text do
+(`kronbert.distill.sampling`)."""
+
 BESIDE = {
     **dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER),
     **dict.fromkeys(("flat-table", "four-passes"), LAW_ALONE),
