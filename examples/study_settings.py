@@ -58,8 +58,8 @@ AS_LARGE = "as-large"
 tasks of that name had until their tokens were counted."""
 
 SHUFFLED = "shuffled"
-"""The tag of CoLA's run at 4x whose batches of like lengths came in mixed order, as those of text do
-(`kronbert.distill.sampling`)."""
+"""The tag of CoLA's run at 4x whose batches of like lengths came in mixed order, as those of text
+do (`kronbert.distill.sampling`)."""
 
 BESIDE = {
     **dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER),
