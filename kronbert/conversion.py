@@ -44,7 +44,8 @@ def plan(
     if isinstance(model_or_config, nn.Module):
         _check_model(model_or_config)
     stored: Any = getattr(model_or_config, "quantization_config", None)
-    if stored is not None and stored.get("quant_method") == "kronecker":
+    told = stored if isinstance(stored, Mapping) else vars(stored) if stored else {}
+    if told.get("quant_method") == "kronecker":
         raise PlanError(
             "plan: the config is a student's, converted before. Plan the dense teacher; what "
             "became of a student's layers is its kronecker_plan."

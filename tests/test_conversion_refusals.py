@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers import AutoConfig, BertConfig, BertForMaskedLM
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, BitsAndBytesConfig
 
 import kronbert
 from kronbert import PlanError
@@ -187,6 +187,10 @@ def test_a_students_config_is_not_planned_as_a_teachers(tmp_path):
     for config in (student.config, AutoConfig.from_pretrained(tmp_path)):
         with pytest.raises(PlanError, match="the config is a student's, converted before"):
             kronbert.plan(config, factor=4)
+    config = classifier().config
+    expected = kronbert.plan(config, factor=4)
+    config.quantization_config = BitsAndBytesConfig()  # another method's: planned by its sizes
+    assert kronbert.plan(config, factor=4) == expected
 
 
 def test_nothing_to_convert():

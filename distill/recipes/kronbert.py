@@ -14,7 +14,7 @@ LARGE = ("sst2", "qnli", "qqp", "mnli")
 
 ENOUGH = 800_000
 """Tokens of a large training set, which has 1.5 passes of its own rows in batches of 64: SST-2 has
-875,000, GLUE's other large ones millions. A part of one has as many as it has."""
+875,000, GLUE's other large ones millions. A part of one counts by its own."""
 
 SHORT = ("cola",)
 """Sentences of a dozen tokens, made many: batches of 128."""
@@ -77,17 +77,13 @@ def sentence_stage(*, max_length: int = 128) -> Stage:
     The hidden states cost nothing: by the embeddings alone a student 8 times smaller than MiniLM
     was no nearer after 400,000 tokens."""
     terms = (Term(tap="embedding"), Term(tap="ffn"), Term(tap="sentence", weight=10.0))
-    return Stage(
+    return replace(
+        general_stage(max_length=max_length),
         name="sentences",
         objective=Objective(terms=terms),
         learning_rate=1e-3,
-        muon_rate=2.0,
-        epochs=1,
         batch_size=128,
-        max_length=max_length,
-        warmup_ratio=0.05,
-        weight_decay=0.0,
-        dropout=0.0,
+        pieces=(),
     )
 
 
