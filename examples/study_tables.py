@@ -13,6 +13,8 @@ from study_results import Results, Spread, score_of  # type: ignore[import-not-f
 
 NONE = "not measured"
 SCORES, OUTSIDE = "scores", "outside"
+FEW_COMMITS = 3
+"""As many are named below a table."""
 
 
 def read(path: Path) -> Results:
@@ -89,7 +91,8 @@ def _table(
     sets: str = SCORES,
     titles: list[str] | None = None,
 ) -> str:
-    """Students without a run of any of ``tasks`` are named below the table."""
+    """Students without a run of any of ``tasks`` are named below the table, but for kinds that are
+    made on request alone."""
     if not any(task in results.teachers for task in tasks):
         return NONE
     heads = titles or [_task_title(results, task) for task in tasks]
@@ -107,7 +110,8 @@ def _table(
     for factor in results.factors():
         for kind, title in settings.KINDS.items():
             if not any(results.scores(kind, factor, task, sets=sets) for task in tasks):
-                missing[title] = (*missing.get(title, ()), f"{factor:g}")
+                if kind not in settings.STAGE1:
+                    missing[title] = (*missing.get(title, ()), f"{factor:g}")
                 continue
             cells = [
                 _cell(
@@ -127,7 +131,7 @@ def _table(
         f"{'; '.join(title for title, places in missing.items() if places == at)}."
         for at in dict.fromkeys(missing.values())
     )
-    return "\n".join([*lines, "", _notes(results, tasks, sets, mean) + left_out])
+    return "\n".join([*lines, "", _notes(results, tasks, sets, mean=mean) + left_out])
 
 
 def ablations(results: Results) -> str:
@@ -155,7 +159,7 @@ def ablations(results: Results) -> str:
             changed = _changes(results, kind, factor, tag)
             said = f"`{changed}`" if changed not in ("", "{}") else ""
             lines.append(_row([f"{factor:g}", settings.KINDS[kind], tag, said, *cells]))
-    return "\n".join([*lines, "", _notes(results, tuple(tasks), SCORES)])
+    return "\n".join([*lines, "", _notes(results, tuple(tasks), SCORES, every=True)])
 
 
 def _place(tag: str) -> tuple[str, bool, str]:
@@ -293,10 +297,14 @@ def _machine(row: Mapping[str, Any]) -> str:
     return str(row["machine"]) + (", bf16 autocast" if row.get("precision") == "bf16" else "")
 
 
-def _notes(results: Results, tasks: tuple[str, ...], sets: str, mean: bool = False) -> str:
-    """Where the figures come from: data, seeds, machines, versions and commits."""
+def _notes(
+    results: Results, tasks: tuple[str, ...], sets: str, *, mean: bool = False, every: bool = False
+) -> str:
+    """Where the figures come from: data, seeds, machines, versions and commits; of the main runs,
+    or of variants as well."""
     teachers = [row for row in results.every_teacher if row["task"] in tasks]
-    runs = [row for row in results.runs if row["task"] in tasks]
+    tags = {row["tag"] for row in results.runs} if every else {settings.MAIN}
+    runs = [row for row in results.runs if row["task"] in tasks and row["tag"] in tags]
     rows = [*teachers, *runs]
     data = "outside_data" if sets == OUTSIDE else "data"
     erring = sets == SCORES and any(row.get("retention_error") is not None for row in runs)
@@ -318,8 +326,8 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str, mean: bool = Fal
         f"Started from: {', '.join(starts) or 'no stage-1 student'}.",
         f"Machines: {_list(rows, _machine)}; torch "
         f"{_list(rows, lambda row: row['versions']['torch'])}, transformers "
-        f"{_list(rows, lambda row: row['versions']['transformers'])}; commits "
-        f"{_list(rows, lambda row: row['commit'][:8])}.",
+        f"{_list(rows, lambda row: row['versions']['transformers'])}; "
+        f"{_commits(row['commit'] for row in rows)}.",
     ]
     if sets == SCORES and any(learnt.values()):
         counts = "; ".join(
@@ -329,11 +337,19 @@ def _notes(results: Results, tasks: tuple[str, ...], sets: str, mean: bool = Fal
         )
         said.insert(2, f"Rows of which students learnt: {counts}.")
     if any("scored_at" in row for row in rows):
-        scored = _list(rows, lambda row: row.get("scored_at", "")[:8])
-        said.append(f"Scored again, from the saved models, at {scored}.")
+        scored = _commits(row["scored_at"] for row in rows if "scored_at" in row)
+        said.append(f"Some scored again, from the saved models: {scored}.")
     if results.content["limit"] is not None:
         said.append(f"A trial: at most {results.content['limit']} training rows.")
     return " ".join(said)
+
+
+def _commits(found: Iterable[str]) -> str:
+    """A few by name; of many their number, as the JSON has each run's."""
+    names = sorted({commit[:8] for commit in found})
+    if len(names) > FEW_COMMITS:
+        return f"{len(names)} commits, in the JSON run by run"
+    return f"{'commit' if len(names) == 1 else 'commits'} {', '.join(names)}"
 
 
 def _files(data: str | None) -> str | None:

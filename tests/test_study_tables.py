@@ -53,7 +53,8 @@ def test_table_shows_means_and_what_is_missing(modules, results):
     assert svd[3] == "60.0 (1 seed), 75.0 %"
     assert svd[7:] == ["not measured"] * 3
     said = modules.tables.full_tasks(results)
-    assert said.count("Without a run yet at factor 8: kronbert from a student of general") == 1
+    assert said.count("Without a run yet at factor 8: single products") == 1
+    assert "student of general text" not in said
     assert said.endswith("; dense, two narrow layers.")
     assert "Machines: a chip; torch 2" in said
     results.runs[0]["precision"] = "bf16"
@@ -148,6 +149,23 @@ def test_short_table_has_students_with_every_task(modules, results):
     assert modules.tables.kept(empty) == "not measured"
 
 
+def test_notes_of_the_main_runs_are_theirs_alone(modules, results):
+    runs = [{**row, "rows": 10, "commit": "abc"} for row in results.runs if row["tag"] == "main"]
+    variant = result(
+        "sst2", "kronbert", 8.0, 2, 0.75, "long", rows=20, commit="012345678", changes={}
+    )
+    told = modules.results.Results({**results.content, "runs": [*runs, variant]})
+    main, every = modules.tables.full_tasks(told), modules.tables.ablations(told)
+    assert "learnt: sst2 10;" in main
+    assert "01234567" not in main
+    assert "learnt: sst2 10 or 20." in every
+    assert "01234567" in every
+    many = [{**row, "commit": str(place)} for place, row in enumerate(runs)]
+    told = modules.results.Results({**results.content, "runs": many})
+    commits = {row["commit"][:8] for row in (*many, *told.every_teacher)}
+    assert f"; {len(commits)} commits, in the JSON run by run." in modules.tables.full_tasks(told)
+
+
 def test_agreement_with_the_teacher_is_averaged_over_seeds(modules, results):
     found = {"sst2": {"agreement": 0.9, "kl": 0.1}, "stsb": {"correlation": 0.98, "rmse": 0.25}}
     runs = [
@@ -173,9 +191,11 @@ def test_a_variant_of_stages_says_what_differs(modules, results):
     runs = [{**row, "stages": usual} for row in results.runs if row["tag"] == "main"]
     runs.append(result("sst2", "kronbert", 8.0, 2, 0.75, "long", changes={"stages": other}))
     told = modules.results.Results({**results.content, "runs": runs})
-    assert "Scored again" not in modules.tables.ablations(told)
+    assert "scored again" not in modules.tables.ablations(told)
     runs[-1]["scored_at"] = "0123456789"
-    assert "Scored again, from the saved models, at 01234567." in modules.tables.ablations(told)
+    said = "Some scored again, from the saved models: commit 01234567."
+    assert said in modules.tables.ablations(told)
+    assert said not in modules.tables.full_tasks(told)
     *_, row = rows_of(modules.tables.ablations(told))
     assert row[2:5] == ["long", '`{"first epochs": 2.0}`', "75.0 (1 seed) (+3.0)"]
 
