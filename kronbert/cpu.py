@@ -77,6 +77,7 @@ class Kept:
             for t in (*(a for a, _ in pairs), *(b for _, b in pairs))
         ]
         self.bias = None if bias is None else weakref.ref(bias)
+        """The last one a product was checked with; no matrix depends on it."""
         self.dtype, self.inner = pairs[0][0].dtype, inner
         self.runs: dict[int, Any] = {}
         self.made: dict[Any, Any] = {}
@@ -88,12 +89,14 @@ class Kept:
             self.made[of] = make()
         return self.made[of]
 
-    def holds(self, a: Sequence[Tensor], b: Sequence[Tensor], bias: Tensor | None) -> bool:
-        """Whether the layer is the same and unchanged."""
+    def knows(self, bias: Tensor | None) -> bool:
+        """Whether a product with this bias, or none, needs no checks of it."""
+        return bias is None or (self.bias is not None and self.bias() is bias)
+
+    def holds(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+        """Whether the matrices are the same and unchanged."""
         tensors = (*a, *b)
         if len(tensors) != len(self.sources) or len(a) != len(b):
-            return False
-        if bias is not (None if self.bias is None else self.bias()):
             return False
         for tensor, (source, version, address) in zip(tensors, self.sources, strict=True):
             if source() is not tensor or tensor._version != version or tensor.data_ptr() != address:
@@ -106,12 +109,15 @@ _KEPT: dict[Key, Kept] = {}
 
 
 def kept(key: Key, pairs: Pairs, bias: Tensor | None, inner: int) -> Kept:
-    """What is kept under ``key``: made from these matrices as they are, else new and empty."""
+    """What is kept under ``key``: made from these matrices as they are, else new and empty. With
+    another bias, or without one, a product has the same matrices."""
     found = _KEPT.get(key)
     a, b = zip(*pairs, strict=True)
-    if found is None or not found.holds(a, b, bias):
+    if found is None or not found.holds(a, b):
         _forget_after_steps()
         found = _KEPT[key] = Kept(key, pairs, bias, inner)
+    elif bias is not None and not found.knows(bias):
+        found.bias = weakref.ref(bias)
     return found
 
 
@@ -129,7 +135,8 @@ def recall(
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or not _eager()
-        or not found.holds(a, b, bias)
+        or not found.knows(bias)
+        or not found.holds(a, b)
     ):
         return None
     sizes = x.shape

@@ -214,28 +214,35 @@ def _out(linear: Linear) -> int:
 
 
 class _Masks:
-    """The last mask as numbers to add: every layer of a model is given the same one."""
+    """The last mask as numbers to add: every layer of a model is given the same one. Its values are
+    compared: a buffer of NumPy's is written without torch's count of versions."""
 
     def __init__(self) -> None:
         # One tuple: threads that take turns see one mask's or another's, never half of each.
-        self.last: tuple[weakref.ref[Tensor], tuple[int, int, int], Tensor] | None = None
+        self.last: tuple[weakref.ref[Tensor], tuple[int, int], Tensor, Tensor] | None = None
 
     def added(self, mask: Tensor, batch: int, tokens: int) -> Tensor | None:
         """(batch, 1 or tokens, tokens to a multiple of 16) float32; None for a mask of another
         form."""
         if mask.is_inference():
             return _added(mask, batch, tokens)
-        last, of = self.last, (mask._version, batch, tokens)
+        last, of = self.last, (batch, tokens)
         if last is not None and last[0]() is mask and last[1] == of:
-            return last[2]
+            if torch.equal(_narrow(mask), last[2]):
+                return last[3]
         with torch.inference_mode(False), torch.no_grad():  # a training step may be next to read it
             made = _added(mask, batch, tokens)
-        if made is not None:
-            self.last = weakref.ref(mask), of, made
+            if made is not None:
+                self.last = weakref.ref(mask), of, _narrow(mask).clone(), made
         return made
 
 
 MASKS = _Masks()
+
+
+def _narrow(mask: Tensor) -> Tensor:
+    """One row of it where all queries share one."""
+    return mask[:, :, :1] if mask.stride(2) == 0 else mask
 
 
 def _added(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
@@ -245,10 +252,9 @@ def _added(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
         return None
     if mask.shape[3] != tokens:
         return None
-    if mask.stride(2) == 0:
-        mask = mask[:, :, :1]
+    mask = _narrow(mask)
     if mask.dtype == torch.bool:
-        seen = torch.zeros(mask.shape, dtype=torch.float32)
+        seen = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         mask = seen.masked_fill_(~mask, -torch.inf)
     elif mask.dtype != torch.float32:
         return None

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 
 from . import native
 from .cpu_cost import CostTable, Grid, Primitive, load_tables, shipped_tables
-from .errors import ReportError
+from .errors import CheckpointError, ReportError
 from .forms import packed, plain_product
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,9 +51,10 @@ def calibrate(path: Path | None = None) -> Path:
     path = path or cache_file()
     found = {name: measure(dtype).to_json() for name, dtype in DTYPES.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"machine": machine(), "tables": found}))
-    part.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        part = Path(scratch, path.name)
+        part.write_text(json.dumps({"machine": machine(), "tables": found}))
+        part.replace(path)
     return path
 
 
@@ -70,13 +73,19 @@ def machine() -> dict[str, str | int]:
 
 
 def cache_folder() -> Path:
-    """Where what was made on this machine lies: KRONBERT_CACHE, else the user's cache folder."""
+    """Where what was made on this machine lies: KRONBERT_CACHE, else the user's cache folder;
+    `CheckpointError` for a user without a home."""
     base = os.environ.get("KRONBERT_CACHE")
     if base:
         return Path(base)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "kronbert"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kronbert"
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "kronbert"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kronbert"
+    except RuntimeError as error:
+        raise CheckpointError(
+            "cache folder: this user has no home. Name a folder by KRONBERT_CACHE."
+        ) from error
 
 
 def cache_file() -> Path:
@@ -88,13 +97,16 @@ def cache_file() -> Path:
 def tables() -> tuple[dict[str, CostTable], Path | None]:
     """The calibrated tables of this machine, else the shipped ones; and the file if it is damaged.
 
-    Without AMX the shipped bfloat16 table does not hold: float32's ratios are nearer."""
-    path, damaged = cache_file(), None
-    if path.is_file():
-        try:
-            return load_tables(path), None
-        except ReportError:
-            damaged = path
+    A cache folder that this user has not, or may not read, holds none. Without AMX the shipped
+    bfloat16 table does not hold: float32's ratios are nearer."""
+    damaged = None
+    with suppress(CheckpointError):
+        path = cache_file()
+        if os.path.isfile(path):  # Path.is_file raises where a folder above may not be read
+            try:
+                return load_tables(path), None
+            except ReportError:
+                damaged = path
     shipped = shipped_tables()
     if not torch.cpu._is_amx_tile_supported():
         shipped = {name: shipped["float32"] for name in shipped}

@@ -38,8 +38,16 @@ class KroneckerLMHead(nn.Module):
         return self.table.weight
 
     def forward(self, h: Tensor) -> Tensor:
-        a, b = self.table.matrices("a"), self.table.matrices("b")
-        return functional.kron_logits(h, a, b, self.bias, starts=self.table.starts)
+        table = self.table
+        offloaded = getattr(table, "_hf_hook", None)  # accelerate's: loads what a call will read
+        if offloaded is None:
+            return self._logits(h, table)
+        offloaded.pre_forward(table)
+        return offloaded.post_forward(table, self._logits(h, table))
+
+    def _logits(self, h: Tensor, table: KroneckerEmbedding) -> Tensor:
+        a, b = table.matrices("a"), table.matrices("b")
+        return functional.kron_logits(h, a, b, self.bias, starts=table.starts)
 
     def to_linear(self, table: nn.Embedding) -> nn.Linear:
         """The dense twin, tied to ``table``, the dense twin of its embedding."""

@@ -123,7 +123,8 @@ class KroneckerLinear(KroneckerTerms):
             self.bias.uniform_(-(self.in_features**-0.5), self.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self._parameters["bias"]
+        found = self._parameters
+        bias = found["bias"] if "bias" in found else self.bias  # pruned, parametrised: no parameter
         return functional.kron_linear(x, self.matrices("a"), self.matrices("b"), bias)
 
     @property

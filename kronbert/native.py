@@ -13,7 +13,7 @@ product runs:
                           XDG_CACHE_HOME. Each processor, compiler name and version of the source
                           has its own file; any may be deleted
 
-A compiler that fails is warned of, once a process.
+A compiler that fails, and a folder that cannot be written, are warned of, once a process.
 
 The functions check nothing: `kronbert.cpu_blocks` and `kronbert.forms` see to sizes and dtypes.
 """
@@ -33,6 +33,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .errors import CheckpointError
 
 LANES = 16
 """Widths must be multiples of it: what the widest registers hold."""
@@ -73,11 +75,12 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         built = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, CheckpointError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
             f"kronbert: {compiler} could not build the CPU row kernels, so plain PyTorch runs "
-            f"instead, slower: {said}. KRONBERT_NATIVE=0 turns them off.",
+            f"instead, slower: {said}. KRONBERT_CACHE names the folder they are kept in; "
+            "KRONBERT_NATIVE=0 turns them off.",
             stacklevel=2,
         )
         return None

@@ -96,7 +96,24 @@ def test_a_file_is_replaced_whole_or_not_at_all(cache, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         calibration.calibrate()
     assert path.read_bytes() == before
+    assert list(cache.iterdir()) == [path]
     assert calibration.tables()[1] is None
+
+
+def test_two_that_measure_at_once_both_write(cache, monkeypatch):
+    write, inner = Path.write_text, []
+
+    def and_another(self, text):
+        write(self, text)
+        if not inner:
+            inner.append("begun")
+            inner.append(calibration.calibrate())
+
+    monkeypatch.setattr(Path, "write_text", and_another)
+    path = calibration.calibrate()
+    assert inner == ["begun", path]
+    assert list(cache.iterdir()) == [path]
+    assert calibration.tables() == (load_tables(path), None)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"tables": {"float32": {}}}', "half", "a folder"])
@@ -189,6 +206,20 @@ def test_where_files_lie(monkeypatch, tmp_path):
 
 
 # Measuring.
+
+
+def test_without_a_home_the_shipped_one_holds(monkeypatch):
+    """As in a container whose user has no entry of its own."""
+
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("KRONBERT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    assert calibration.tables() == (expected_shipped(), None)
+    with pytest.raises(CheckpointError, match=r"no home\. Name a folder by KRONBERT_CACHE"):
+        calibration.calibrate()
 
 
 def test_times_stand_in_the_order_of_the_grid(monkeypatch):

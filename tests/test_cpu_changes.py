@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronbert import KroneckerLinear, KroneckerShape, cpu
+from kronbert import KroneckerLinear, KroneckerShape, ShapeError, cpu, functional
 from tests.kept_layers import CLOSE, definition, is_right, new
 
 pytestmark = pytest.mark.usefixtures("nothing_kept")
@@ -144,6 +144,25 @@ def test_bias_is_added_at_any_number_of_rows(dtype, pick):
             for _ in range(2):
                 error = layer(x).double() - expected
                 assert error.square().mean() <= 4 * dense.square().mean()
+
+
+def test_one_set_of_matrices_with_a_bias_another_and_none(pick, monkeypatch):
+    """Fused attention adds the bias itself up to some length, the layer does beyond it."""
+    layer, x = new(), torch.randn(4, 28)
+    made, runner = [], cpu._runner
+    monkeypatch.setattr(cpu, "_runner", lambda *args: made.append(1) or runner(*args))
+    a, b = layer.matrices("a"), layer.matrices("b")
+    other = torch.randn(30)
+    with torch.no_grad():
+        plain = definition(layer, x) - layer.bias
+        for bias in (layer.bias, None, layer.bias, other, None, layer.bias):
+            for _ in range(2):
+                y = functional.kron_linear(x, a, b, bias).double()
+                expected = plain if bias is None else plain + bias
+                torch.testing.assert_close(y, expected, **CLOSE)
+        with pytest.raises(ShapeError, match="bias"):
+            functional.kron_linear(x, a, b, torch.randn(29))
+    assert made == [1]
 
 
 @pytest.mark.parametrize("biased", [True, False])

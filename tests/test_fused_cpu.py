@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -127,6 +128,34 @@ def test_masks_of_more_dimensions(kernels, ran):
         other = ours(input_ids=ids).last_hidden_state
         assert not torch.allclose(found, other, atol=1e-2)
     assert ran["attention"] == (8 if kernels else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("queries", [1, 9])
+def test_a_mask_written_by_numpy_is_read_anew(queries, kernels, ran):
+    """Such a write is none that torch counts."""
+    plain = a_model("bert", 48, 3)
+    ours, ids = fuse(copy.deepcopy(plain)), inputs(9)["input_ids"]
+    buffer = np.ones((3, 1, queries, 9), dtype=bool)
+    mask = torch.from_numpy(buffer).expand(-1, -1, 9, -1)
+    for seen in (9, 4, 6):
+        buffer[...] = np.arange(9) < seen
+        found = ours(input_ids=ids, attention_mask=mask).last_hidden_state
+        expected = plain(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert ran["attention"] == (6 if kernels else 0)
+
+
+@torch.no_grad()
+def test_a_mask_is_read_where_it_lies(kernels, ran):
+    """Whatever device new tensors go to."""
+    ours, given = fuse(a_model("bert", 48, 3)), inputs(9)
+    expected = ours(**given).last_hidden_state
+    mask = given["attention_mask"].bool()[:, None, None].expand(-1, -1, 9, -1).contiguous()
+    with torch.device("meta"):
+        found = ours(input_ids=given["input_ids"], attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(seen_rows(found, given), seen_rows(expected, given))
+    assert ran["attention"] == (4 if kernels else 0)
 
 
 @torch.no_grad()

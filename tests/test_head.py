@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload  # type: ignore[import-untyped]
 from torch import nn
 
 from kronbert import KroneckerEmbedding, KroneckerLMHead, KroneckerShape
@@ -75,6 +76,20 @@ def test_a_step_on_the_embedding_moves_the_head(make):
     assert not torch.equal(model.head(h), before)
     torch.testing.assert_close(model.head(h), h @ model.embedding.weight.T + model.head.bias)
     assert model is first or torch.equal(first.embedding.a, original)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_table_that_accelerate_offloads_is_loaded(where, tmp_path):
+    model, ids = Tied().eval(), torch.tensor([1, 2])
+    with torch.no_grad():
+        expected = model(ids)
+        if where == "memory":
+            cpu_offload(model, execution_device="cpu")
+        else:
+            disk_offload(model, tmp_path, execution_device="cpu")
+        for _ in range(2):
+            assert model.embedding.a.is_meta
+            torch.testing.assert_close(model(ids), expected)
 
 
 def test_dense_twin_is_tied_to_the_dense_table():

@@ -53,7 +53,7 @@ TABLE = {
     ),
     "weighted_fit": Row(f"{SIZES} decompose reference", outside="torch einops"),
     # The CPU engine. Its costs are arithmetic on a table: no torch of their own.
-    "native": Row(lazily="cpu_calibrate", outside="torch"),
+    "native": Row("errors", lazily="cpu_calibrate", outside="torch"),
     "form_matrices": Row(outside="torch"),
     "forms": Row("shapes native form_matrices", outside="torch"),
     "cpu_cost": Row(f"{SIZES} native forms"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 from kronbert import KroneckerLinear, KroneckerShape, ShapeError, reference
@@ -118,6 +119,26 @@ def test_weight_has_gradients():
     layer = KroneckerLinear(14, 15, MIXED)
     layer.weight.square().sum().backward()
     assert all(p.grad is not None for n, p in layer.named_parameters() if n != "bias")
+
+
+def halved(layer):
+    class Half(nn.Module):
+        def forward(self, t):
+            return t / 2
+
+    parametrize.register_parametrization(layer, "bias", Half())
+
+
+@pytest.mark.parametrize("change", [prune.l1_unstructured, halved], ids=["pruned", "parametrised"])
+def test_a_bias_that_is_no_parameter(change):
+    layer, x = KroneckerLinear(14, 15, ONE), torch.randn(3, 14)
+    before = layer.bias.detach().clone()
+    change(layer, **({} if change is halved else {"name": "bias", "amount": 5}))
+    assert "bias" not in layer._parameters
+    assert not torch.equal(layer.bias, before)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
 
 
 def test_merging_rounds_once():
