@@ -9,6 +9,7 @@ rather than piled up. All batches walk through both models side by side and paus
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from .errors import PlanError
 from .fit_report import FitReport, LayerFit
 from .head import KroneckerLMHead
 from .linear import KroneckerLinear, dense_weight
-from .moments import Inputs, Moments, input_moments, pair_moments, token_rows
+from .moments import Inputs, Moments, TokenRows, input_moments, pair_moments, token_rows
 from .planning import Plan
 from .walk import Stop, Walk, watched
 from .weighted_fit import Objective, Pair, nearest_outputs, nearest_rows
@@ -168,7 +169,7 @@ class _Fit:
         device = next(iter(teacher.parameters())).device
         self._batches = [_moved(batch, device) for batch in batches]
         self._masks = [_mask(batch, i) for i, batch in enumerate(self._batches)]
-        self._shared: tuple[list[Tensor], Inputs] | None = None
+        self._shared: tuple[list[weakref.ref[Tensor]], Inputs] | None = None
 
     def run(self) -> FitReport:
         with ExitStack() as stack:
@@ -207,23 +208,34 @@ class _Fit:
         counts: dict[str, Tensor] = {}
         fits: dict[str, LayerFit] = {}
         for name in order:
-            stops = [
-                (self._reach(teacher, name, i), self._reach(student, name, i))
-                for i, (teacher, student) in enumerate(walks)
-            ]
+            # Nothing here holds what the walks have given once they go on.
+            met = self._meet(name, walks)
             left[name] -= 1
             module = self._new[name]
             if isinstance(module, KroneckerEmbedding):
-                counts[name] = counts.get(name, 0) + self._count(module, [x for _, x in stops])
+                assert isinstance(met, Tensor)
+                counts[name] = counts.get(name, 0) + met
                 if not left[name]:
                     fits[name] = self._fit_table(name, module, counts.pop(name))
                 continue
             assert isinstance(module, KroneckerLinear)
-            moments = self._moments(name, stops)
-            found[name] = found[name] + moments if name in found else moments
+            assert isinstance(met, Moments)
+            found[name] = found[name] + met if name in found else met
             if not left[name]:
                 fits[name] = self._fit_layer(name, module, found.pop(name))
         return fits
+
+    def _meet(self, name: str, walks: Sequence[tuple[Walk, Walk]]) -> Tensor | Moments:
+        """Let all walks reach the layer: how often its rows occur, or the moments of what it reads
+        and should give."""
+        wanted, given = [], []
+        for i, (teacher, student) in enumerate(walks):
+            wanted.append(self._reach(teacher, name, i))
+            given.append(self._reach(student, name, i))
+        module = self._new[name]
+        if isinstance(module, KroneckerEmbedding):
+            return self._count(module, given)
+        return self._moments(name, given, wanted)
 
     def _reach(self, walk: Walk, name: str, batch: int) -> Tensor:
         stop: Stop | None = walk.advance()
@@ -235,22 +247,18 @@ class _Fit:
             )
         return stop.value
 
-    def _moments(self, name: str, stops: Sequence[tuple[Tensor, Tensor]]) -> Moments:
-        given = [x for _, x in stops]
-        pairs = [
-            (token_rows(x, mask), token_rows(y, mask))
-            for (y, x), mask in zip(stops, self._masks, strict=True)
-        ]
-        if any(x.shape[0] != y.shape[0] for x, y in pairs):
+    def _moments(self, name: str, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Moments:
+        x, y = TokenRows(given, self._masks), TokenRows(wanted, self._masks)
+        if any(one.shape[0] != other.shape[0] for one, other in zip(x, y, strict=True)):
             raise PlanError(
                 f"{name!r}: teacher and student send it different rows, there is nothing to "
                 "compare. Use init='weights', or keep the layer dense (keep=[its name])."
             )
         shared = self._shared
-        if shared is None or any(x is not z for x, z in zip(given, shared[0], strict=True)):
+        if shared is None or any(z() is not one for one, z in zip(given, shared[0], strict=True)):
             # Query, key and value read one tensor.
-            shared = self._shared = given, input_moments([x for x, _ in pairs])
-        moments = pair_moments(shared[1], pairs)
+            shared = self._shared = [weakref.ref(one) for one in given], input_moments(x)
+        moments = pair_moments(shared[1], x, y)
         if not moments.finite():
             raise PlanError(
                 f"{name!r}: its inputs or outputs on the calibration hold NaN or infinity. Check "

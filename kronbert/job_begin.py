@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
 import torch
@@ -46,16 +47,19 @@ def candidates(
 
 
 def row_batches(rows: Any, count: int, seed: int, tokenizer: Any) -> list[dict[str, Any]]:
-    """``count`` tokenised rows, or all, drawn with ``seed``: padded batches without labels."""
+    """``count`` tokenised rows, or all, drawn with ``seed``: padded batches without labels.
+
+    Rows of like lengths go together, in batches of no order: whoever reads the first few has rows
+    of all lengths."""
     from transformers import DataCollatorWithPadding
 
     drawn = rows.shuffle(seed=seed).select(range(min(count, len(rows))))
     drawn = drawn.remove_columns([name for name in ("labels",) if name in drawn.column_names])
+    given = sorted(drawn, key=lambda row: len(row["input_ids"]))
+    starts = list(range(0, len(given), ROWS))
+    Random(seed).shuffle(starts)
     collate = DataCollatorWithPadding(tokenizer)
-    return [
-        dict(collate([drawn[i] for i in range(start, min(start + ROWS, len(drawn)))]))
-        for start in range(0, len(drawn), ROWS)
-    ]
+    return [dict(collate(given[start : start + ROWS])) for start in starts]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,20 @@ def token_rows(value: Tensor, mask: Tensor | None) -> Tensor:
     return rows
 
 
+class TokenRows(Sequence[Tensor]):
+    """`token_rows` of many values, made anew at every reading: copies of them all would take as
+    much memory as the forward passes that hold the values."""
+
+    def __init__(self, values: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
+        self._values, self._masks = values, masks
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, place: Any) -> Any:
+        return token_rows(self._values[place], self._masks[place])
+
+
 def input_moments(parts: Sequence[Tensor]) -> Inputs:
     """Of the rows of all ``parts`` (n, in), which may lie on any device, in any float dtype."""
     rows = sum(part.shape[0] for part in parts)
@@ -97,12 +112,12 @@ def input_moments(parts: Sequence[Tensor]) -> Inputs:
     return Inputs(rows, mean, gram / rows)
 
 
-def pair_moments(inputs: Inputs, parts: Sequence[tuple[Tensor, Tensor]]) -> Moments:
-    """Of pairs (x (n, in), y (n, out)) whose x are those of ``inputs``."""
-    mean = _mean([y for _, y in parts], inputs.rows)
+def pair_moments(inputs: Inputs, given: Sequence[Tensor], parts: Sequence[Tensor]) -> Moments:
+    """Of pairs of rows: x (n, in) in ``given``, which are those of ``inputs``, and y (n, out)."""
+    mean = _mean(parts, inputs.rows)
     cross = mean.new_zeros(mean.shape[0], inputs.mean.shape[0])
     variance = 0.0
-    for x, y in parts:
+    for x, y in zip(given, parts, strict=True):
         wanted = _centred(y, mean)
         cross += (wanted.T @ _centred(x, inputs.mean)).double().cpu()
         variance += wanted.square().sum(dtype=torch.float64).item()

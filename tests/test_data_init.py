@@ -1,6 +1,7 @@
 """convert(init="data"): order, padding, biases, ties, and less error on unseen text."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -133,12 +134,12 @@ def test_token_rows():
 def test_moments_are_those_of_the_rows_and_add_up():
     x, y = torch.randn(50, 5) + 30, torch.randn(50, 3) - 20
     parts = [(x[:20], y[:20]), (x[20:], y[20:])]
-    whole = pair_moments(input_moments([x[:20], x[20:]]), parts)
+    whole = pair_moments(input_moments([x[:20], x[20:]]), *zip(*parts, strict=True))
     joint = torch.cov(torch.cat([x, y], 1).double().T, correction=0)
     torch.testing.assert_close(whole.inputs.gram, joint[:5, :5], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(whole.cross, joint[5:, :5], rtol=1e-5, atol=1e-6)
     assert whole.variance == pytest.approx(joint[5:, 5:].diagonal().sum().item())
-    first, second = (pair_moments(input_moments([part[0]]), [part]) for part in parts)
+    first, second = (pair_moments(input_moments([a]), [a], [b]) for a, b in parts)
     added = first + second
     assert isinstance(added, Moments)
     for one, other in zip(added.about_zero(), whole.about_zero(), strict=True):
@@ -149,6 +150,28 @@ def test_moments_are_those_of_the_rows_and_add_up():
     missed = y.double() - F.linear(x.double(), weight, bias)
     error = (missed.square().sum() / 50 / whole.variance) ** 0.5
     assert whole.output_error(weight, bias) == pytest.approx(error.item(), rel=1e-5)
+
+
+def test_what_the_walks_gave_is_let_go(monkeypatch):
+    """A layer's outputs of all batches are as large as what the models themselves hold."""
+    given_by, held = {}, []
+    moments, reach = data_init._Fit._moments, data_init._Fit._reach
+
+    def noted(self, name, given, wanted):
+        if name.endswith("intermediate.dense"):  # afterwards the model has no use for it
+            given_by[name] = [weakref.ref(value) for value in wanted]
+        return moments(self, name, given, wanted)
+
+    def reached(self, walk, name, batch):
+        stop = reach(self, walk, name, batch)
+        held.extend(n for n, values in given_by.items() if values[batch]() is not None)
+        return stop
+
+    monkeypatch.setattr(data_init._Fit, "_moments", noted)
+    monkeypatch.setattr(data_init._Fit, "_reach", reached)
+    kronbert.convert(classifier(), rules=LOW_RANK, init="data", calibration=sentences(3))
+    assert len(given_by) == 2
+    assert not held
 
 
 def test_rows_of_a_table_are_weighted_by_how_often_they_occur():

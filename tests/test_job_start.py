@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -13,7 +14,7 @@ from kronbert import job as job_module
 from kronbert import job_report, shipped
 from kronbert.errors import DistillError, PlanError
 from kronbert.job import CompressSettings, compress
-from kronbert.job_begin import hidden_error
+from kronbert.job_begin import ROWS, hidden_error, row_batches
 from kronbert.job_start import Start, describe_teacher, find_start, student_from
 from kronbert.pretrain import PretrainSettings, pretrain_student
 
@@ -290,3 +291,27 @@ def test_hidden_error_counts_tokens_not_padding(teacher, tokenizer, tiny_bert):
     width = teacher.config.hidden_size
     expected = (states[0] - states[1]).square().sum(2).mean() / width
     assert whole == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+def test_batches_to_fit_on_are_of_like_lengths_in_no_order(tokenizer):
+    lengths = [3 + i % 120 for i in range(5 * ROWS + 7)]
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [[i + 5] * n for i, n in enumerate(lengths)],
+         "attention_mask": [[1] * n for n in lengths], "labels": lengths}
+    )  # fmt: skip
+    batches = row_batches(rows, 10_000, 3, tokenizer)
+    assert sorted(int(row[0]) for b in batches for row in b["input_ids"]) == list(range(5, 332))
+    assert all(set(b) >= {"input_ids", "attention_mask"} and "labels" not in b for b in batches)
+    padded = sum(b["input_ids"].numel() for b in batches)
+    assert padded < 1.2 * sum(lengths)
+    assert sum(int(b["attention_mask"].sum()) for b in batches) == sum(lengths)
+    widths = [b["input_ids"].shape[1] for b in batches]
+    assert widths != sorted(widths)
+    assert widths != sorted(widths, reverse=True)
+    again, other = (row_batches(rows, 10_000, seed, tokenizer) for seed in (3, 4))
+    for one, same in zip(batches, again, strict=True):
+        assert torch.equal(one["input_ids"], same["input_ids"])
+    assert [b["input_ids"].shape for b in other] != [b["input_ids"].shape for b in batches]
+    few = row_batches(rows, 2 * ROWS, 3, tokenizer)
+    assert [len(b["input_ids"]) for b in few] == [ROWS, ROWS]
+    assert max(b["input_ids"].shape[1] for b in few) > 100
