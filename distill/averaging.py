@@ -34,13 +34,14 @@ class WeightAverage(TrainerCallback):
     Frozen ones have no second copy. At the end of training the model holds the average."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        # Without duplicates: a tied weight is averaged once.
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.decay, self._model = decay, model
+        self.trained: dict[str, nn.Parameter] = {}
         self.average: dict[str, Tensor] = {}
         self.resumed_from: Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # As the optimizer finds them. Without duplicates: a tied weight is averaged once.
+        self.trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         if state.global_step and self.resumed_from is not None:
             self._read(self.resumed_from)
         else:

@@ -208,6 +208,12 @@ def _check_labels(student: nn.Module, teacher: nn.Module, objective: Objective) 
         )
     if mine == 1 and any(t.loss == "kl" for t in objective.active):
         raise DistillError("Term(tap='logits', loss='kl') of one output is always 0: use 'mse'.")
+    kinds = {getattr(model.config, "problem_type", None) for model in (student, teacher)}
+    if "multi_label_classification" in kinds and any(t.loss == "kl" for t in objective.active):
+        raise DistillError(
+            "Term(tap='logits', loss='kl') compares one choice among the labels, but "
+            "problem_type='multi_label_classification' decides on each by itself: use 'mse'."
+        )
     named: list[list[str]] = []
     for model in (student, teacher):
         id2label: Any = getattr(model.config, "id2label", None) or {}

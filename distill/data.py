@@ -264,13 +264,10 @@ def load_folder(
     columns = (text,) if isinstance(text, str) else text or _text_columns(first)
     column = first.column(label) if label else first.column(*LABEL_COLUMNS)
     values = [v for t in tables for v in t.columns[t.column(column)]]
-    if regression is None:
-        regression = _are_numbers(values) and (
-            _have_points(values) if numbers_are_scores is None else numbers_are_scores
-        )
     for table in tables:
         for row, value in enumerate(table.columns[column]):
-            if value is None or not str(value).strip():
+            # NaN is how pandas writes a cell that is empty.
+            if value is None or value != value or not str(value).strip():
                 raise DataError(
                     f"{table.where(row)}: no label in column {column!r}: remove the row."
                 )
@@ -279,6 +276,10 @@ def load_folder(
                     f"{table.where(row)}: label {value!r} in column {column!r}: expected one class "
                     "or one number a row; tasks of several labels a row are not known."
                 )
+    if regression is None:
+        regression = _are_numbers(values) and (
+            _have_points(values) if numbers_are_scores is None else numbers_are_scores
+        )
     names = None if regression else tuple(sorted({str(v).strip() for v in values}, key=_by_size))
     if names is not None and len(names) < 2:
         raise DataError(
@@ -337,6 +338,12 @@ def tokenize(data: TaskData, tokenizer: Any, max_length: int | None = None) -> T
             f"tokenize(max_length={max_length}): the tokenizer's model takes {longest}."
         )
     length = max_length or min(task.max_length, longest)
+    special = int(tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2))
+    if length <= special:
+        raise DataError(
+            f"tokenize(max_length={length}): {special} tokens of a row are the tokenizer's own, "
+            "which leaves none for the text. Give 8 or more."
+        )
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(rows[n] for n in task.text), truncation=True, max_length=length)

@@ -19,7 +19,7 @@ def dropout_set_to(model: nn.Module, p: float | None) -> Iterator[None]:
         names = ("p",) if isinstance(module, nn.Dropout) else ATTRIBUTES
         for name in names:
             held = getattr(module, name, None)
-            if isinstance(held, float):
+            if isinstance(held, int | float):  # a config.json may say 0 for 0.0
                 before.append((module, name, held))
                 setattr(module, name, p)
     try:

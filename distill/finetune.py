@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import zipfile
@@ -33,6 +32,7 @@ from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.pieces import Pieces
 from kronbert.distill.sampling import SeededSampler
 from kronbert.distill.stages import Stage
+from kronbert.distill.taps import inputs_of
 from kronbert.distill.teacher_cache import States, WithStates, states_wanted, with_teacher
 from kronbert.distill.trainer import DistillTrainer
 from kronbert.distill.unlabelled import training_rows
@@ -303,7 +303,7 @@ def answers(
 def _predict(model: nn.Module, rows: Any, tokenizer: Any, batch_size: int) -> EvalPrediction:
     """Logits and labels in the order of ``rows``; rows of one length share a batch."""
     device = next(model.parameters()).device
-    taken = set(inspect.signature(model.forward).parameters) - {"labels"}
+    taken = inputs_of(model) - {"labels"}
     collate = DataCollatorWithPadding(tokenizer)
     order = np.argsort(row_lengths(rows), kind="stable")
     logits: list[Any] = [None] * len(rows)

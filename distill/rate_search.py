@@ -35,6 +35,10 @@ class RateResult:
     seconds: float
 
 
+HARMLESS = ("precision", "cache", "checkpoints", "held_out", "keep_last", "say")
+"""Options of `run_stage` that change no score, and precision, which is told by itself."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RateSearch:
     """Every rate's result, lowest rate first, and the chosen rate."""
@@ -73,7 +77,8 @@ def search_rates(
     epochs, the schedule shortened with them; the best dev score wins, of equals the lower rate.
 
     data: tokenised. folder: one folder per rate, which keeps its result, so that an interrupted
-    search goes on where it was; another stage, student, share, precision or data are refused.
+    search goes on where it was; another stage, student, share, precision, option or data are
+    refused.
     options: more of `run_stage` (precision, cache, ...). ``student`` stays as it is, and as every
     rate starts from it with the stage's seed, the result is the same each time. The chosen rate has
     seen the dev set: a score on the same dev set is a little flattered. Raises `DistillError` if
@@ -93,6 +98,8 @@ def search_rates(
         "data": f"{data.source}; {data_digest(data)}",
         "precision": options.get("precision", "auto"),
     }
+    if more := {name: value for name, value in options.items() if name not in HARMLESS}:
+        start["options"] = repr(sorted(more.items()))
     if teacher is not None:
         start["teacher"] = model_digest(teacher)
     results = []
@@ -156,7 +163,8 @@ def _read(path: Path, told: dict[str, Any]) -> RateResult | None:
     saved = json.loads(path.read_text())
     plain = json.loads(json.dumps(told))
     if saved["of"] != plain:
-        other = ", ".join(key for key in plain if saved["of"].get(key) != plain[key])
+        keys = dict.fromkeys((*plain, *saved["of"]))
+        other = ", ".join(key for key in keys if saved["of"].get(key) != plain.get(key))
         raise DistillError(
             f"{path}: the result of another search (other {other}). Search in another folder, or "
             "delete this one."

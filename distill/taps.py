@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -317,3 +318,18 @@ def require_grad(module: nn.Module, output: Tensor, key: tuple[str, int]) -> Non
             "use_reentrant=True hides it. Pass gradient_checkpointing_kwargs="
             "{'use_reentrant': False}."
         )
+
+
+def inputs_of(model: nn.Module) -> frozenset[str]:
+    """The names of what ``model`` takes, also behind `torch.compile` and PEFT's adapters, whose own
+    ``forward`` leaves some unnamed. Raises `DistillError` where none is named at all."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    if callable(getattr(inner, "get_base_model", None)):
+        inner = inner.get_base_model()
+    names = frozenset(inspect.signature(inner.forward).parameters) - {"args", "kwargs"}
+    if not names:
+        raise DistillError(
+            f"{type(inner).__name__}.forward names no inputs (*args, **kwargs), so nothing says "
+            "which columns of a batch it takes. Name them, or pass the model inside."
+        )
+    return names

@@ -7,7 +7,6 @@ every learning rate."""
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from transformers import DataCollatorWithPadding
 
 from kronbert.distill.data import row_lengths
 from kronbert.distill.digests import rows_digest
-from kronbert.distill.taps import Captured, Taps
+from kronbert.distill.taps import Captured, Taps, inputs_of
 from kronbert.errors import DistillError
 
 TEACHER_LOGITS = "teacher_logits"
@@ -117,9 +116,8 @@ def with_teacher(
     teacher is put in eval mode on ``device``, unless it is spread over several. Raises
     `DistillError` for logits that are not one finite vector per row, for states that float16 cannot
     hold, and where the disk is too small."""
-    taken = [
-        name for name in rows.column_names if name in inspect.signature(teacher.forward).parameters
-    ]
+    known = inputs_of(teacher)
+    taken = [name for name in rows.column_names if name in known]
     inputs = rows.select_columns([name for name in taken if name != "labels"])
     asked = [str(list(layers))] if layers else []
     key = _digest([model_digest(teacher), rows_digest(inputs), str(autocast), *asked])

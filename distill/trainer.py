@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from kronbert.distill.muon import with_muon
 from kronbert.distill.objectives import Objective, term_losses
 from kronbert.distill.rates import rate_factors, split_groups
 from kronbert.distill.stages import check_switches
-from kronbert.distill.taps import Captured, Taps
+from kronbert.distill.taps import Captured, Taps, inputs_of
 from kronbert.distill.teacher_cache import (
     TEACHER_LOGITS,
     TEACHER_ROW,
@@ -99,8 +98,8 @@ class DistillTrainer(Trainer):
             self._teacher_taps = Taps(teacher, objective.teacher_taps, read)
         supervised = [m for m, n in enumerate(self.layers, start=1) if n]
         self._student_taps = Taps(model, objective.teacher_taps, supervised)
-        self._student_inputs = _inputs_of(model)
-        self._teacher_inputs = _inputs_of(teacher) if teacher is not None else frozenset()
+        self._student_inputs = inputs_of(model)
+        self._teacher_inputs = inputs_of(teacher) if teacher is not None else frozenset()
 
         super().__init__(model, args, **kwargs)
         # The loss is a batch mean, which Trainer divides by the number of accumulated batches if it
@@ -129,6 +128,7 @@ class DistillTrainer(Trainer):
             if found is True:
                 found = get_last_checkpoint(self.args.output_dir)
             self._average.resumed_from = Path(found) if found else None
+        self._term_sums, self._term_steps = {}, 0
         student: Any = self.model
         with dropout_set_to(student, getattr(self.args, "dropout", None)):
             return super().train(resume_from_checkpoint, *args, **kw)
@@ -155,6 +155,11 @@ class DistillTrainer(Trainer):
                     "are its own. Leave one of the two out."
                 )
             model: Any = self.model
+            if fresh and muon is not None and not isinstance(optimizer, torch.optim.AdamW):
+                raise DistillError(
+                    f"DistillTrainer(optimizer_cls_and_kwargs=...) with muon_rate={muon}: what has "
+                    f"no Muon has AdamW, not {type(optimizer).__name__}. Leave one of the two out."
+                )
             if fresh and muon is not None:
                 self.optimizer = optimizer = with_muon(optimizer, model, muon)
             if fresh:
@@ -292,10 +297,6 @@ _LABEL_ADVICE = {
 }
 
 
-def _inputs_of(model: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(model.forward).parameters) - {"kwargs"}
-
-
 def _only(
     inputs: Mapping[str, Any], names: Collection[str], dropped: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -304,6 +305,8 @@ def _only(
 
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     mask: Tensor | None = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 3 and mask.shape == inputs["input_ids"].shape:
+        return mask.flatten(0, 1)  # several choices: the encoder has each as a row
     if mask is not None and mask.dim() != 2:
         raise DistillError(
             f"attention_mask {tuple(mask.shape)}: expected (batch, tokens), 1 for a token and 0 "

@@ -25,7 +25,7 @@ from .head import KroneckerLMHead
 from .linear import KroneckerLinear, dense_weight
 from .moments import Inputs, Moments, TokenRows, input_moments, pair_moments, token_rows
 from .planning import Plan
-from .walk import Stop, Walk, watched
+from .walk import Stop, Walk, release_freed, watched
 from .weighted_fit import Objective, Pair, nearest_outputs, nearest_rows
 
 RIDGE = 3e-2
@@ -223,6 +223,7 @@ class _Fit:
             found[name] = found[name] + met if name in found else met
             if not left[name]:
                 fits[name] = self._fit_layer(name, module, found.pop(name))
+            release_freed()
         return fits
 
     def _meet(self, name: str, walks: Sequence[tuple[Walk, Walk]]) -> Tensor | Moments:

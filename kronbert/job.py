@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -187,9 +187,10 @@ class _Job:
         """On the labels; on standardised scores, where the head can then be given their unit."""
         from .distill.score_scale import output_layer, standardised, take_unit
 
+        rows = replace(self.rows, unlabelled=None)
         if self.schedule.scale is None or output_layer(teacher) is None:
-            return self._train(teacher, None, self.schedule.for_teacher, self.rows, "teacher")
-        rows = standardised(self.rows, *self.schedule.scale)
+            return self._train(teacher, None, self.schedule.for_teacher, rows, "teacher")
+        rows = standardised(rows, *self.schedule.scale)
         history = self._train(teacher, None, self.schedule.for_teacher, rows, "teacher")
         take_unit(teacher, *self.schedule.scale)
         return history

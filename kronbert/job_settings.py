@@ -79,6 +79,8 @@ class CompressSettings:
                 "compress: splice=, augment= and unlabelled= give rows without labels, from which "
                 "KroneckerBERT's recipe, that of preset=, cannot learn. Give factor= instead."
             )
+        if not 0 <= self.seed < 2**32:
+            raise PlanError(f"compress(seed={self.seed}): expected 0 to 4294967295.")
         if self.text_columns is not None:
             object.__setattr__(self, "text_columns", tuple(self.text_columns))
 

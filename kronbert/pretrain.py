@@ -81,6 +81,8 @@ class PretrainSettings:
             raise DistillError(
                 f"pretrain-student: optimizer={self.optimizer!r}: expected 'adamw' or 'muon'."
             )
+        if not 0 <= self.seed < 2**32:
+            raise PlanError(f"pretrain-student: seed={self.seed}: expected 0 to 4294967295.")
         shapes = self.factor or self.preset or self.rules
         if self.student is not None and shapes:
             raise PlanError(

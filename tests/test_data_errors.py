@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from kronbert.distill.data import load_task
+import pytest
+from transformers import AutoTokenizer
+
+from kronbert.distill.data import load_folder, load_task, tokenize
 from kronbert.distill.text import read_table
 from kronbert.errors import DataError
 from tests.data_files import SST2, folder, write
@@ -65,6 +68,32 @@ def test_unknown_label_in_dev_names_the_dev_file(tmp_path):
     folder(tmp_path / "sst2", SST2, SST2 + "odd\tpositiv\n")
     with pytest.raises(DataError, match=r"dev.tsv, line 4: unknown label 'positiv'"):
         load_task("sst2", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("others", [(0.5, 1.5), (0, 1)])
+def test_nan_is_no_label(others, tmp_path):
+    """Python writes it into JSON, pandas into parquet, where a cell was empty."""
+    rows = [{"sentence": "a", "label": value} for value in (others[0], float("nan"), others[1])]
+    for name in ("train.jsonl", "dev.jsonl"):
+        write(tmp_path / name, "\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"train.jsonl, line 2: no label in column 'label'"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("length", "pair", "special"), [(1, False, 2), (2, False, 2), (3, True, 3)]
+)
+def test_a_length_that_leaves_no_text(length, pair, special, tmp_path, tiny_bert):
+    head = "sentence1\tsentence2\tlabel\n" if pair else "sentence\tlabel\n"
+    row = "a b\tc d" if pair else "a b c d"
+    for name in ("train.tsv", "dev.tsv"):
+        write(tmp_path / name, f"{head}{row}\tno\n{row}\tyes\n")
+    data, tokenizer = load_folder(tmp_path), AutoTokenizer.from_pretrained(tiny_bert)
+    said = rf"tokenize\(max_length={length}\): {special} tokens of a row are the tokenizer's own"
+    with pytest.raises(DataError, match=said):
+        tokenize(data, tokenizer, length)
+    longer = tokenize(data, tokenizer, special + 1).train["input_ids"]
+    assert {len(ids) for ids in longer} == {special + 1}
 
 
 def test_unknown_task_lists_near_names():

@@ -128,6 +128,22 @@ def test_the_student_is_the_average(watched, tiny_bert, rows, tokenizer, tmp_pat
                        start["bert.embeddings.word_embeddings.weight"])  # fmt: skip
 
 
+def test_what_is_unfrozen_before_training_is_averaged(tiny_bert, rows, tokenizer, tmp_path):
+    model = model_of(tiny_bert)
+    args = STAGE.to_arguments(
+        tmp_path, max_steps=5, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    given = {"objective": STAGE.objective, "train_dataset": rows.train, "callbacks": [_Watch()]}
+    trainer = DistillTrainer(model, args, teacher=None, processing_class=tokenizer, **given)
+    model.bert.embeddings.requires_grad_(True)
+    start = weights(model)
+    trainer.train()
+    average = expected(start, given["callbacks"][0].steps, 0.9)
+    name = "bert.embeddings.word_embeddings.weight"
+    assert not torch.equal(average[name], start[name])
+    assert torch.allclose(weights(model)[name], average[name], atol=1e-6)
+
+
 def test_evaluations_have_the_average_and_training_goes_on_without(
     watched, tiny_bert, rows, tokenizer, tmp_path
 ):

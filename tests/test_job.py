@@ -18,6 +18,7 @@ from kronbert.distill.finetune import answers, evaluate
 from kronbert.distill.recipes.kronbert import ENOUGH
 from kronbert.distill.recipes.kronbert import kronbert as own_recipe
 from kronbert.distill.retention import retention_error
+from kronbert.distill.unlabelled import unlabelled_rows, with_unlabelled
 from kronbert.errors import CheckpointError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
 from kronbert.job_rows import more_rows
@@ -270,6 +271,16 @@ def test_stage_2_reads_rows_without_a_label(tiny_bert, tiny_task, tmp_path):
     for key in ("augment", "splice"):
         with pytest.raises(PlanError, match=rf"compress\({key}=-1\): expected 0 or more"):
             CompressSettings(model="m", task="t", output="o", factor=8, **{key: -1})
+
+
+def test_data_of_ones_own_with_rows_without_a_label(tiny_bert, tiny_task, tmp_path):
+    """The teacher learns from the labels, the student from all."""
+    given = load_folder(tiny_task)
+    data = with_unlabelled(given, unlabelled_rows(given.task, given.train, "text", limit=40))
+    settings = settings_for(tiny_bert, tiny_task, tmp_path, teacher_epochs=0.2, epochs=0.2)
+    compress(settings, lambda line: None, data)
+    steps = json.loads((tmp_path / "state.json").read_text())["steps"]
+    assert "40 rows without a label" in steps["task"]["rows"]
 
 
 def test_the_teacher_reads_rows_once_where_it_may(finished, tiny_task, tmp_path, monkeypatch):

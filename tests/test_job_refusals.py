@@ -15,6 +15,7 @@ from kronbert.distill.data import load_folder
 from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
 from kronbert.job_models import open_teacher
+from kronbert.pretrain import PretrainSettings
 from tests.job_runs import settings_for, task_of_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "hurried_report")
@@ -233,3 +234,11 @@ def test_a_discriminator_has_no_masked_lm_head(tiny_bert):
              "ElectraForPreTraining": False, "BertModel": False}  # fmt: skip
     for name, expected in heads.items():
         assert has_masked_lm(BertConfig(architectures=[name]), tokenizer) is expected
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_would_not_take(seed, tmp_path):
+    with pytest.raises(PlanError, match=rf"compress\(seed={seed}\): expected 0 to 4294967295"):
+        CompressSettings(model="m", task="t", output=str(tmp_path), factor=8, seed=seed)
+    with pytest.raises(PlanError, match=rf"pretrain-student: seed={seed}: expected 0 to"):
+        PretrainSettings(model="m", text="t", output=str(tmp_path), factor=8, seed=seed)

@@ -193,6 +193,9 @@ def test_what_muon_does_not_go_with(mixed_student, tmp_path):
         a_trainer(mixed_student, tmp_path, optimizers=(given, None)).train()
     with pytest.raises(DistillError, match="muon_rate with optim=sgd"):
         a_trainer(mixed_student, tmp_path, arguments={"optim": "sgd"})
+    other = torch.optim.SGD, {"lr": 1.0}
+    with pytest.raises(DistillError, match=r"what has no Muon has AdamW, not SGD"):
+        a_trainer(mixed_student, tmp_path, optimizer_cls_and_kwargs=other).train()
     with pytest.raises(ValueError, match=r"expected stacks .* got \(3, 4\)"):
         Muon([{"params": [nn.Parameter(torch.zeros(3, 4))], "muon": True}])
 

@@ -93,6 +93,12 @@ def test_results_of_another_search_are_refused(student, rows, tokenizer, tmp_pat
     train = rows.train.remove_columns("labels").add_column("labels", labels)
     with pytest.raises(DistillError, match=r"result of another search \(other data\)"):
         search_rates(student, None, STAGE, replace(rows, train=train), tmp_path, [1e-4], **given)
+    for options in ({**given, "max_steps": 2}, {"tokenizer": tokenizer, "precision": "fp32"}):
+        with pytest.raises(DistillError, match=r"result of another search \(other options\)"):
+            search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **options)
+    teacher = copy.deepcopy(student)
+    with pytest.raises(DistillError, match=r"result of another search \(other teacher\)"):
+        search_rates(student, teacher, STAGE, rows, tmp_path, [1e-4], **given)
     bf16 = {**given, "precision": "bf16"}
     with pytest.raises(DistillError, match=r"result of another search \(other precision\)"):
         search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **bf16)

@@ -161,6 +161,19 @@ def test_without_dropout_training_mode_gives_evaluation_s_numbers(config):
     assert not torch.allclose(dropped, plain)
 
 
+def test_a_config_may_write_no_dropout_as_a_whole_number():
+    student = model(BERT)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    ids = torch.randint(1, 50, (3, 7))
+    student.train()
+    plain = student(ids).last_hidden_state
+    with dropout_set_to(student, 0.5):
+        assert not torch.allclose(student(ids).last_hidden_state, plain)
+    assert torch.equal(student(ids).last_hidden_state, plain)
+
+
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, 1.5])
 def test_a_stage_refuses_what_is_no_probability(wrong):
     objective = Objective(terms=(Term(tap="labels"),))

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from kronbert.distill.taps import TAP_MAPS, TAPS, TapMap, Taps
+from kronbert.distill.taps import TAP_MAPS, TAPS, TapMap, Taps, inputs_of
 from kronbert.errors import DistillError
 
 SIZES: dict[str, Any] = {
@@ -215,6 +215,34 @@ def test_another_architecture_with_a_map():
     with Taps(model, {"logits"}).capture() as seen:  # needs no map
         model(**a_batch("bert"))
     assert seen.logits.shape == (2, 3)
+
+
+def test_inputs_behind_wrappers():
+    """PEFT's classifiers name some of what they take and hand on the rest."""
+    model = a_model("bert")
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def get_base_model(self):
+            return self.inner
+
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    class Nameless(nn.Module):
+        def forward(self, *args, **kwargs):
+            return model(*args, **kwargs)
+
+    known = inputs_of(model)
+    assert {"input_ids", "token_type_ids", "attention_mask", "labels"} <= known
+    assert known.isdisjoint({"args", "kwargs", "self"})
+    assert inputs_of(torch.compile(model, backend="eager")) == known
+    assert inputs_of(Adapted()) == known
+    with pytest.raises(DistillError, match=r"Nameless.forward names no inputs .*model inside"):
+        inputs_of(Nameless())
 
 
 def test_what_taps_refuse():

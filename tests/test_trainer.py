@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForMultipleChoice, BertForSequenceClassification
 
 import kronbert.distill
 from kronbert.distill import DistillTrainer, Objective, Stage, Term
@@ -59,6 +59,45 @@ def test_terms_are_averaged_between_logs(tmp_path):
     each = [row["loss_ffn"] for row in logged(often)]
     means = [each[0], np.mean(each[1:3]), np.mean(each[3:6])]
     assert [row["loss_ffn"] for row in logged(seldom)] == pytest.approx(means, rel=1e-5)
+
+
+def test_a_second_training_is_logged_by_itself(tmp_path):
+    trainer = a_trainer(tmp_path, objective=LABELS, teacher=None, logging_steps=5, max_steps=8)
+    for _ in range(2):
+        trainer.train()
+        for row in logged(trainer):
+            assert row["loss_labels"] == pytest.approx(row["loss"], abs=2e-4)
+
+
+def test_several_choices(tmp_path):
+    """Each is a row of the encoder: hidden states (rows * choices, tokens, width)."""
+
+    def choices(rows):
+        batch = collate(rows)
+        labels = batch.pop("labels")
+        batch = {name: value.unflatten(0, (-1, 2)) for name, value in batch.items()}
+        return batch | {"labels": labels[::2]}
+
+    ragged = a_dataset(ragged=True)
+    models = {
+        "model": a_model(1, BertForMultipleChoice),
+        "teacher": a_model(2, BertForMultipleChoice),
+    }
+    objective = Objective(
+        terms=(Term(tap="ffn"), Term(tap="logits", loss="kl"), Term(tap="labels"))
+    )
+    trainer = a_trainer(
+        tmp_path, objective, train_dataset=ragged, data_collator=choices, max_steps=30, **models
+    )
+    batch = choices(ragged[:8])
+    found = trainer.objective_losses([batch])
+    flat = {name: value.flatten(0, 1) for name, value in batch.items() if name != "labels"}
+    bodies = [m.bert(**flat, output_hidden_states=True).hidden_states[1:] for m in models.values()]
+    seen = flat["attention_mask"].bool()
+    expected = sum((a - b)[seen].square().mean().item() for a, b in zip(*bodies, strict=True))
+    assert found["ffn"] == pytest.approx(expected, rel=1e-4)
+    trainer.train()
+    assert logged(trainer)[-1]["loss_ffn"] < 0.8 * logged(trainer)[0]["loss_ffn"]
 
 
 def test_the_teacher_is_left_alone(tmp_path):

@@ -29,6 +29,7 @@ def names(*labels: str) -> dict[str, Any]:
 
 KL = Objective(terms=(Term(tap="logits", loss="kl"),))
 MLM = Objective(terms=(Term(tap="mlm"),))
+SEVERAL = {"problem_type": "multi_label_classification"}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,11 @@ MLM = Objective(terms=(Term(tap="mlm"),))
             KL,
             {"model": (1, {"num_labels": 1}), "teacher": (2, {"num_labels": 1})},
             "of one output is always 0: use 'mse'",
+        ),
+        (
+            KL,
+            {"model": (1, SEVERAL), "teacher": (2, SEVERAL)},
+            "problem_type='multi_label_classification' decides on each by itself: use 'mse'",
         ),
         (MLM, {"teacher": None}, "BertForSequenceClassification has no masked-LM head"),
         (TASK, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the labels term"),
