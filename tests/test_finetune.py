@@ -118,7 +118,9 @@ def test_every_row_once_an_epoch_in_another_order():
 
 def test_batches_of_like_lengths_come_in_no_order_of_length():
     lengths = torch.randint(3, 60, (1003,), generator=torch.Generator().manual_seed(5)).tolist()
-    order = list(SeededSampler(1003, lengths, 10, lambda: 3, mixed=True))
+    sampler = SeededSampler(1003, lengths, 10, lambda: 3, mixed=True)
+    order = list(sampler)
+    assert list(sampler) == order
     batches = [[lengths[row] for row in order[at : at + 10]] for at in range(0, 1003, 10)]
     assert max(lengths) in batches[0]
     assert len(batches[-1]) == 3
@@ -127,6 +129,11 @@ def test_batches_of_like_lengths_come_in_no_order_of_length():
     means = torch.tensor([sum(batch) / len(batch) for batch in batches[1:-1]])
     around = means - means.mean()
     assert (around[1:] * around[:-1]).mean().abs() < 0.25 * around.square().mean()
+
+
+def test_a_single_batch_is_mixed_too():
+    for rows, size in ((3, 3), (3, 8)):
+        assert sorted(SeededSampler(rows, [5, 9, 7], size, lambda: 0, mixed=True)) == [0, 1, 2]
 
 
 def test_keep_last_leaves_the_end(tiny_bert, rows, tokenizer, tmp_path):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DebertaV2Config,
+    GPT2Config,
+    MobileBertConfig,
+)
 
 import kronbert
 from kronbert import PlanError
@@ -41,6 +49,48 @@ def test_bert_masked_lm():
     assert layers["cls.predictions.decoder"].tied_to == "bert.embeddings.word_embeddings"
     assert layers["cls.predictions.decoder"].weights == 0
     assert "2 rows are too few" in layers["bert.embeddings.token_type_embeddings"].dense_because
+
+
+def test_gpt2_stores_its_weights_transposed_and_has_names_of_its_own():
+    sizes = {"vocab_size": 384, "n_positions": 144, "n_embd": 48, "n_layer": 1, "n_head": 4}
+    found = inventory(GPT2Config(**sizes)).layers
+    assert {x.name: (x.kind, x.group, x.out, x.inner) for x in found} == {
+        "wte": ("embedding", "embedding", 384, 48),
+        "wpe": ("position", "embedding", 144, 48),
+        "h.0.attn.c_attn": ("conv1d", "attention", 144, 48),
+        "h.0.attn.c_proj": ("conv1d", "attention", 48, 48),
+        "h.0.mlp.c_fc": ("conv1d", "feed-forward", 192, 48),
+        "h.0.mlp.c_proj": ("conv1d", "feed-forward", 48, 192),
+    }
+
+
+def test_a_table_of_less_than_128_rows_stays_dense():
+    reasons = [inventory(nn.Embedding(rows, 12)).layers[0].dense_because for rows in (127, 128)]
+    assert reasons == ["127 rows are too few to be worth a product", None]
+
+
+def test_weights_that_a_model_reads_itself_stay_dense():
+    deberta = DebertaV2Config(**SMALL, relative_attention=True, position_buckets=128)
+    mobile = MobileBertConfig(
+        **SMALL,
+        embedding_size=24,
+        intra_bottleneck_size=48,
+        architectures=["MobileBertForMaskedLM"],
+    )
+    found = {
+        x.name: (x.out, x.dense_because)
+        for config in (deberta, mobile)
+        for x in inventory(config).layers
+        if x.dense_because and "directly" in x.dense_because
+    }
+    assert found == {
+        "encoder.rel_embeddings": (256, "the model reads its weight directly"),
+        "mobilebert.embeddings.word_embeddings": (
+            384,
+            "the masked-LM head reads its weight directly",
+        ),
+        "cls.predictions.dense": (24, "the model reads its weight directly"),
+    }
 
 
 def test_a_config_gives_what_its_model_gives():

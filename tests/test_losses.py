@@ -77,7 +77,7 @@ def definition(given, teacher=None, temperature=1.0) -> tuple[Tensor, Tensor | N
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 3, 8, None])
-@pytest.mark.parametrize("temperature", [None, 1.0, 2.5])
+@pytest.mark.parametrize("temperature", [None, 1.0, 2.5, 0.4])
 def test_mlm_loss_is_its_definition(kind, chunk, temperature):
     given = words(kind)
     teacher = None if temperature is None else teacher_of()
@@ -226,6 +226,33 @@ def test_mlm_loss_never_holds_tokens_times_vocabulary():
     assert whole.numbers == rows * entries
 
 
+def test_as_many_rows_at_a_time_as_the_bytes_hold(monkeypatch):
+    h, table = torch.randn(64, 2), torch.randn(500, 2)
+    labels = torch.randint(0, 500, (64,))
+    exact, _ = mlm_loss(h, table, None, None, labels)
+    for number, rows in ((4 * 500 * 8, 8), (4 * 500 * 9 - 1, 8), (1, 1)):
+        monkeypatch.setattr("kronbert.losses.CHUNK_BYTES", number)
+        with Largest() as chunked:
+            torch.testing.assert_close(mlm_loss(h, table, None, None, labels)[0], exact)
+        assert chunked.numbers == max(rows * 500, table.numel())
+
+
+def test_a_teacher_in_half_precision_answers_in_float32():
+    given = words("1x5", torch.float32)
+    h = torch.eye(TEACHER_WIDTH)[torch.arange(ROWS) % TEACHER_WIDTH].bfloat16()
+    weight = torch.randn(ENTRIES, TEACHER_WIDTH).bfloat16()  # a score is one of its numbers
+    _, kl = mlm_loss(**given, teacher=(h, weight, None), temperature=3.0)
+    _, exact = definition(given, (h.float(), weight.float(), None), 3.0)
+    torch.testing.assert_close(kl, exact)
+
+
+def test_both_losses_can_be_summed_in_place():
+    total, kl = mlm_loss(**words("1x5"), teacher=teacher_of())
+    expected = total + kl
+    total += kl
+    assert torch.equal(total, expected)
+
+
 def test_a_second_derivative_is_refused():
     given = words("1x5")
     (grad,) = torch.autograd.grad(mlm_loss(**given)[0], given["h"], create_graph=True)
@@ -242,6 +269,11 @@ def test_a_second_derivative_is_refused():
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"chunk": 0}, "chunk=0"),
         ({"b": None}, r"weight \(30, 1, 4\) without b"),
+        ({"a": torch.zeros(30, 1, 20).double(), "b": None}, r"weight \(30, 1, 20\) without b"),
+        (
+            {"h": torch.tensor(1.0), "labels": torch.tensor(1)},
+            r"h \(\): expected one label per row",
+        ),
         ({"starts": (3,)}, r"groups of \[30\] rows from \[3\] on"),
         (
             {"a": torch.zeros(30, 20).double(), "b": None, "starts": (0,)},
@@ -250,6 +282,15 @@ def test_a_second_derivative_is_refused():
         ({"h": torch.zeros(ROWS, 21).double()}, "a_in \\* b_in"),
         ({"teacher": (torch.zeros(2, 9), torch.zeros(30, 9), None)}, "expected as many rows"),
         ({"teacher": (torch.zeros(ROWS, 9), torch.zeros(31, 9), None)}, r"expected \(30, 9\)"),
+        ({"teacher": (torch.zeros(ROWS, 9), torch.zeros(30, 8), None)}, r"expected \(30, 9\)"),
+        (
+            {
+                "h": torch.zeros(1, ROWS, 20).double(),
+                "labels": torch.zeros(1, ROWS).long(),
+                "teacher": (torch.zeros(1, ROWS + 1, 9), torch.zeros(30, 9), None),
+            },
+            "expected as many rows",
+        ),
     ],
 )
 def test_mlm_loss_refuses(changes, said):

@@ -2,6 +2,7 @@
 
 import json
 from math import sqrt
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from kronbert.distill.objectives import (
     mse_hidden,
     mse_logits,
     mse_scores,
+    term_losses,
 )
+from kronbert.distill.taps import Captured
 from kronbert.errors import DistillError
 
 
@@ -111,6 +114,27 @@ def test_mse_scores_refuses_other_heads():
         mse_scores(q, q, k, k)
 
 
+@pytest.mark.parametrize("other", [(1, 3, 5, 4), (2, 3, 1, 4)], ids=["batch", "tokens"])
+def test_mse_scores_stretches_no_side(other):
+    q, k = torch.randn(2, 3, 5, 4), torch.randn(other)
+    with pytest.raises(DistillError, match="differ in batch, heads or tokens"):
+        mse_scores(q, q, k, k)
+
+
+@pytest.mark.parametrize("loss", [mse_logits, kl_logits])
+def test_logits_of_other_classes_are_not_stretched(loss):
+    with pytest.raises(DistillError, match=r"logits: student \(4, 3\), teacher \(4, 1\)"):
+        loss(torch.randn(4, 3), torch.randn(4, 1))
+
+
+def test_nothing_but_padding_is_a_loss_of_zero():
+    s, t, none = torch.randn(2, 6, 5), torch.randn(2, 6, 5), torch.zeros(2, 6).long()
+    assert mse_hidden(s, t, none) == 0
+    assert mse_logits(s, t, none[..., None]) == 0
+    assert kl_logits(s, t, none[..., None]) == 0
+    assert mse_scores(*sample(6, 4, 4), none) == 0
+
+
 def test_mse_hidden_is_the_mean_over_unpadded_tokens():
     s, t, mask = torch.randn(2, 6, 5), torch.randn(2, 6, 5), ragged(6)
     expected = torch.cat([((s - t) ** 2)[0], ((s - t) ** 2)[1, :3]]).mean()
@@ -158,6 +182,16 @@ def test_masked_logits_rows_and_classes():
     torch.testing.assert_close(kl_logits(s, t, mask[:, None, :]), one / 2)
 
 
+def test_a_masked_class_is_not_seen_below_any_others():
+    s, t, mask = torch.randn(2, 5), torch.randn(2, 5), torch.tensor([1, 1, 0, 1, 0])
+    kept = mask.bool()
+    expected = kl_logits(s[:, kept], t[:, kept])
+    for level in (-200.0, 200.0):
+        torch.testing.assert_close(
+            kl_logits(s + level, t + level, mask), expected, rtol=1e-3, atol=0
+        )
+
+
 FULL = Objective(
     terms=(
         Term(tap="scores", weight=0.5),
@@ -179,6 +213,49 @@ def test_objective_names_and_needs():
     assert FULL.teacher_taps == {"scores", "logits"}
     assert FULL.label_tap == "labels"
     assert Objective(terms=(Term(tap="mlm"),)).teacher_taps == set()
+    off = (Term(tap="labels", weight=0), Term(tap="logits", loss="kl", weight=0))
+    soft = Objective(terms=(Term(tap="logits"), *off))
+    assert soft.label_tap is None
+    assert soft.name(soft.terms[0]) == "logits"
+
+
+def test_an_objective_of_lists_is_one_of_tuples():
+    assert Objective(terms=list(FULL.terms), layer_map=[0, 3]) == FULL
+
+
+def captured(layers: int, loss: Tensor | None = None) -> Captured:
+    """A pass whose layers all differ."""
+    ffn, query, key = (
+        {n: torch.randn(*size) for n in range(1, layers + 1)}
+        for size in ((2, 6, 5), (2, 3, 6, 4), (2, 3, 6, 4))
+    )
+    outputs = SimpleNamespace(logits=torch.randn(2, 3), loss=loss)
+    return Captured(ffn=ffn, query=query, key=key, outputs=outputs)
+
+
+def test_layers_are_summed_and_logits_have_their_temperature():
+    student, teacher, mask = captured(3, torch.tensor(0.75).half()), captured(6), ragged(6)
+    terms = (Term(tap="ffn"), *FULL.terms[:2], FULL.terms[3])
+    found = term_losses(Objective(terms=terms), student, teacher, mask, (4, 0, 2))
+    assert list(found) == ["ffn", "scores", "logits", "labels"]
+    pairs = ((1, 4), (3, 2))
+    ffn = [mse_hidden(student.ffn[m], teacher.ffn[n], mask) for m, n in pairs]
+    torch.testing.assert_close(found["ffn"], ffn[0] + ffn[1])
+    scores = [
+        mse_scores(student.query[m], student.key[m], teacher.query[n], teacher.key[n], mask)
+        for m, n in pairs
+    ]
+    torch.testing.assert_close(found["scores"], scores[0] + scores[1])
+    soft = kl_logits(student.outputs.logits, teacher.outputs.logits, temperature=2.0)
+    torch.testing.assert_close(found["logits"], soft)
+    torch.testing.assert_close(found["labels"], torch.tensor(0.75))  # in float32
+
+
+def test_terms_that_have_nothing_to_compare():
+    with pytest.raises(DistillError, match="'labels', but SimpleNamespace came without a loss"):
+        term_losses(Objective(terms=(Term(tap="labels"),)), captured(1), None, None)
+    with pytest.raises(DistillError, match="'logits', which needs a teacher"):
+        term_losses(Objective(terms=(Term(tap="logits"),)), captured(1), None, None)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +265,16 @@ def test_objective_names_and_needs():
         (lambda: Term(tap="ffn", loss="kl"), "tap='ffn', loss='kl'.: expected mse"),
         (lambda: Term(tap="ffn", weight=-1), "weight=-1.: expected a finite number >= 0"),
         (lambda: Term(tap="ffn", weight=float("nan")), "weight=nan.: expected a finite"),
+        (lambda: Term(tap="ffn", weight=float("inf")), "weight=inf.: expected a finite"),
+        (lambda: Term(tap="ffn", weight="1"), "weight='1'.: expected a finite"),
+        (
+            lambda: Term(tap="logits", loss="kl", temperature="2"),
+            "temperature='2'.: expected a num",
+        ),
+        (lambda: Term(tap="logits", loss="kl", temperature=float("inf")), "temperature=inf.: exp"),
         (lambda: Term(tap="logits", loss="kl", temperature=0), "temperature=0.: expected a number"),
         (lambda: Term(tap="logits", temperature=2), "only loss='kl' has a temperature"),
+        (lambda: Term(tap="logits", temperature=0.5), "only loss='kl' has a temperature"),
         (lambda: Objective(terms=()), "no term has a weight above 0"),
         (lambda: Objective(terms=(Term(tap="ffn"),) * 2), "two terms are tap='ffn', loss='mse'"),
         (lambda: Objective(terms=(Term(tap="mlm"), Term(tap="labels"))), "the same loss"),

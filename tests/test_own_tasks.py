@@ -117,6 +117,33 @@ def test_rows_that_are_cut_are_named(tiny_bert, tmp_path):
     assert cut_rows(data, tokenizer, 42, 512) is None
 
 
+@pytest.mark.parametrize(
+    ("long", "rows", "length", "most", "said"),
+    [
+        (1, 100, 16, 512, "1 % of the rows are longer than 16 tokens and are cut there; --max-len"),
+        (1, 101, 16, 512, None),
+        (10, 40, 16, 256, "--max-length 256 is the most that the model takes"),
+        (10, 40, 16, 1024, "--max-length 512 cuts 0 %"),  # 256 would cut as many
+        (1, 50, 280, 1024, "--max-length 512 cuts 0 %"),  # and 256 is less than it has
+    ],
+)
+def test_the_length_that_would_cut_fewer_rows(long, rows, length, most, said, tiny_bert, tmp_path):
+    texts = [("good " * 300, "x")] * long + [("bad", "y")] * (rows - long)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert, model_max_length=1024)
+    found = cut_rows(load_folder(task_of(tmp_path / "long", texts)), tokenizer, length, most)
+    assert found is said is None or said in found
+
+
+def test_which_rows_a_name_and_a_folder_mean(glue, tmp_path):
+    task = task_of(tmp_path / "sst2", [("good", "x"), ("bad", "y"), ("fine", "x")])
+    drawn = [open_data(str(task), limit=2, seed=seed).train[:] for seed in range(6)]
+    assert any(one != drawn[0] for one in drawn)
+    with pytest.raises(DataError, match="is a folder itself: leave --data-dir out"):
+        open_data(str(task), data_dir=str(glue / "glue"))
+    assert len(open_data("sst2", data_dir=str(glue / "glue")).train) == 64
+    assert len(open_data("sst2", data_dir=str(glue / "glue"), limit=5).train) == 5
+
+
 @pytest.fixture(scope="module")
 def long_texts(tmp_path_factory):
     """The words that tell the class are the last twelve of 40."""

@@ -150,6 +150,9 @@ def test_flops_of_every_kind_of_layer():
     assert both.flops == shape.flops() + low_rank(42, 20, 3).flops() + 42
     assert PlannedLayer(size=table).flops == 0
     assert PlannedLayer(size=table, groups=(low_rank(50, 20, 3),)).flops == 3 * 2 * 20
+    position = replace(table, kind="position")
+    assert PlannedLayer(size=position).flops == 0
+    assert PlannedLayer(size=position, groups=(low_rank(50, 20, 3),)).flops == 3 * 2 * 20
     block = KroneckerShape(7, 1, 1, 20, 5, start=9)
     groups = (low_rank(50, 20, 3), block)
     assert PlannedLayer(size=table, groups=groups).flops == (3 + 5) * 2 * 20
@@ -187,6 +190,20 @@ def test_edit_replaces_the_named_layers_only():
     assert Plan.from_json(json.loads(json.dumps(edited.to_json()))) == edited
 
 
+def test_edits_add_up():
+    plan = make_plan(encoder(), KroneckerConfig(factor=6, rules={QUERY: {"rank": 3}}))
+    edited = plan.edit({WORD: "dense"}).edit({QUERY: {"rank": 5}})
+    found = planned(edited)
+    assert (found[WORD].groups, found[QUERY].groups) == ((), (low_rank(96, 96, 5),))
+    rules = edited.config.rules
+    assert (rules[WORD].dense, rules[QUERY].rank) == (True, 5)
+
+
+def test_what_cannot_be_converted_may_be_ruled_dense():
+    plan = make_plan(encoder(), KroneckerConfig(factor=6))
+    assert plan.edit({"bert.embeddings.token_type_embeddings": "dense"}).layers == plan.layers
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
@@ -214,6 +231,24 @@ def test_json_round_trip_keeps_everything():
     assert again == plan
     assert planned(again)[QUERY].error == 0.25
     assert str(again) == str(plan)
+
+
+def test_json_may_leave_out_what_has_a_default():
+    plan = make_plan(encoder(), KroneckerConfig(factor=6))
+    data = plan.to_json()
+    del data["model_type"]
+    for row in data["layers"]:
+        for key in ("tied_to", "dense_because", "error"):
+            if row[key] is None:
+                del row[key]
+    assert Plan.from_json(data) == replace(plan, model_type="")
+
+
+def test_a_table_of_positions_may_have_blocks():
+    name, text = "bert.embeddings.position_embeddings", "9:192x1*1x96 + 5:20x1*1x96@30"
+    plan = make_plan(encoder(), KroneckerConfig(rules={name: text}))
+    assert planned(plan)[name].weights == 9 * (192 + 96) + 5 * (20 + 96)
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_json_of_a_table_with_blocks_and_its_head():
@@ -246,6 +281,7 @@ def broken(change):
         (lambda d: d.update(layer=[]), PlanError, "Plan: unknown key 'layer'. Nearest: 'layers'"),
         (lambda d: d.pop("config"), PlanError, "Plan: key 'config' is missing"),
         (lambda d: d["layers"][3].pop("out"), PlanError, "Plan layer: key 'out' is missing"),
+        (lambda d: d["layers"][3].pop("groups"), PlanError, "Plan layer: key 'groups' is missing"),
         (lambda d: d["layers"][3].update(rank=2), PlanError, "Plan layer: unknown key 'rank'"),
         (lambda d: d["config"].update(factr=2), PlanError, "unknown key 'factr'"),
         (

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import kronbert
 from kronbert.distill import DistillArguments, DistillTrainer, Objective, Stage, Term
 from kronbert.distill.rates import rate_factors
 from kronbert.errors import DistillError
@@ -33,6 +34,14 @@ def test_who_has_which_factor(mixed_student):
     low = mixed_student.get_submodule(f"bert.{layer}.output.dense")
     assert (low.a.numel(), low.b.numel()) == (2 * 16, 2 * 64)
     assert rate_factors(mixed_student) == {}
+
+
+def test_a_matrix_is_small_from_a_quarter_of_the_other_on():
+    model = kronbert.convert(
+        nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 28)),
+        rules={"0": "4x4*8x8", "1": "4x4*7x8"},
+    )
+    assert names_of(model, rate_factors(model, 8.0)) == {"0.a": 8.0}
 
 
 def a_trainer(mixed_student, folder, stage=STAGE, **kwargs):

@@ -9,6 +9,7 @@ from kronbert.row_ranks import (
     EDGES,
     POWER,
     SIGN_RANK,
+    SIGN_SHARE,
     edges_of,
     kept_part,
     row_ranks,
@@ -56,6 +57,18 @@ def test_ranks_fall_with_frequency():
         assert all(one.rank > after.rank for one, after in pairwise(blocks))
 
 
+@pytest.mark.parametrize(("rows", "signs"), [(30522, SIGN_SHARE), (50265, 0.0)])
+def test_what_is_kept_is_the_law_of_the_ranks_and_all_of_the_signs(rows, signs):
+    edges = edges_of(rows)
+    for groups, kept in row_ranks(rows, 64):
+        ranks = [groups[0].rank] * 4
+        for block in groups[1:]:
+            if block.start in edges:
+                ranks[1 + edges.index(block.start)] += block.rank
+        words = kept_by(ranks, shares_of(rows), 64)
+        assert kept == pytest.approx(signs + (1 - signs) * words)
+
+
 @pytest.mark.parametrize("rows", [30522, 50265])
 def test_half_of_the_numbers_are_every_rows(rows):
     edges = edges_of(rows)
@@ -77,6 +90,7 @@ def test_blocks_keep_more_than_one_rank_for_all_rows():
 def test_bert_begins_with_rows_that_hold_no_words():
     """'!' is row 999, '~' 1066, 'the' 1996; between them lie other scripts, which get no block."""
     assert edges_of(30522)[0] == 1996
+    assert edges_of(30522)[-1] == 1996 + round(EDGES[-1] * (30522 - 1996))
     assert edges_of(50265)[0] == 0
     assert edges_of(50265)[-1] == round(EDGES[-1] * 50265)
     assert sum(shares_of(30522)) == pytest.approx(1)
@@ -95,6 +109,7 @@ def test_signs_have_a_block_of_their_own_beside_the_rank_that_all_rows_share(wid
 
 def test_a_small_table_has_no_blocks():
     assert not list(row_ranks(2047, 64))
+    assert list(row_ranks(2048, 64))
 
 
 @pytest.mark.parametrize(

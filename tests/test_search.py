@@ -152,6 +152,15 @@ def test_the_largest_factor_of_one_layer_is_reached():
     assert best_under(linear(), largest)
 
 
+def test_a_plan_of_the_smallest_shapes():
+    alone = Inventory(layers=(linear(),), parameters=768 * 768)
+    assert make_plan(alone, KroneckerConfig(factor=384)).factor == 384
+
+
+def test_a_rule_without_a_factor_still_converts():
+    assert best_under(table(), 1.0)
+
+
 @pytest.mark.parametrize("factor", [2, 4, 8, 16, 31.5])
 def test_best_under_is_under_and_has_the_least_loss(factor):
     (shape,) = best_under(linear(), factor)

@@ -64,6 +64,7 @@ def test_truncated_svd_is_a_member():
     assert shape.full_rank == 20
     assert str(shape) == "svd(7) 30x20"
     assert not KroneckerShape(30, 2, 1, 10).low_rank
+    assert not KroneckerShape(15, 1, 2, 20).low_rank
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,13 @@ def test_to_arguments(tmp_path, monkeypatch):
     assert args.logging_first_step
 
 
+def test_arguments_have_every_number_of_the_stage(tmp_path):
+    numbers = {"weight_decay": 0.03, "max_grad_norm": 0.5, "seed": 7, "dropout": 0.2, "ema": 0.9,
+               "small_rate": 8.0, "embedding_rate": 0.5, "muon_rate": 20.0}  # fmt: skip
+    args = a_stage(**numbers).to_arguments(tmp_path)
+    assert {key: getattr(args, key) for key in numbers} == numbers
+
+
 def test_batch_size_is_shared_among_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(DistillError, match=r"batch_size=32\) does not divide among 5 processes"):
@@ -45,11 +52,16 @@ def test_batch_size_is_shared_among_processes(tmp_path, monkeypatch):
     ("make", "text"),
     [
         (lambda: a_stage(epochs=0), r"Stage\('task', epochs=0\): expected a number > 0"),
+        (lambda: a_stage(epochs=float("inf")), "epochs=inf.: expected a number > 0"),
         (lambda: a_stage(learning_rate="1e-3"), "learning_rate='1e-3'"),
+        (lambda: a_stage(max_grad_norm=0), "max_grad_norm=0.: expected a number > 0"),
         (lambda: a_stage(batch_size=1.5), "batch_size=1.5.: expected a whole number"),
-        (lambda: a_stage(warmup_ratio=10), "warmup_ratio=10.: expected a share of the steps"),
+        (lambda: a_stage(max_length=0), "max_length=0.: expected a whole number"),
+        (lambda: a_stage(warmup_ratio=1), "warmup_ratio=1.: expected a share of the steps"),
         (lambda: a_stage(weight_decay=-1), "weight_decay=-1.: expected >= 0"),
+        (lambda: a_stage(weight_decay=float("nan")), "weight_decay=nan.: expected >= 0"),
         (lambda: a_stage(name="a/b"), "expected a name that can be a folder"),
+        (lambda: a_stage(name=""), "expected a name that can be a folder"),
         (lambda: Stage.from_dict({"lr": 1}), "unknown key 'lr'"),
         (lambda: Stage.from_dict({"name": "x"}), "needs name, objective, learning_rate and epochs"),
         (lambda: a_stage().to_arguments("x", learning_rat=1), "learning_rat"),

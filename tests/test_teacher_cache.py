@@ -130,7 +130,7 @@ def test_computed_once(calls, tiny_bert, rows, tokenizer, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_digest_knows_what_matters(tiny_bert, rows):
+def test_the_digest_knows_what_matters(tiny_bert, rows, tmp_path):
     inputs = rows.train.select_columns(["input_ids", "attention_mask"])
     swapped = inputs.select([1, 0, *range(2, len(inputs))])
     assert rows_digest(inputs) == rows_digest(inputs.select(range(len(inputs))))
@@ -142,6 +142,8 @@ def test_the_digest_knows_what_matters(tiny_bert, rows):
     teacher = a_teacher(tiny_bert)
     other = copy.deepcopy(teacher)
     assert model_digest(teacher) == model_digest(other)
+    teacher.save_pretrained(tmp_path)
+    assert model_digest(teacher) == model_digest(model_of(tmp_path))
     with torch.no_grad():
         other.classifier.bias[0] += 1e-6
     assert model_digest(teacher) != model_digest(other)
@@ -341,11 +343,18 @@ def test_what_has_no_vector_per_row(tiny_bert, rows, tokenizer, tmp_path):
             rows.train, AutoModelForMaskedLM.from_pretrained(tiny_bert), tmp_path,
             tokenizer=tokenizer,
         )  # fmt: skip
+    with pytest.raises(DistillError, match="no training rows"):
+        with_teacher_logits(
+            rows.train.select([]), a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer
+        )
     broken = a_teacher(tiny_bert)
     with torch.no_grad():
         broken.classifier.bias.fill_(float("nan"))
     with pytest.raises(DistillError, match=r"logits of row \d+ are not finite"):
         with_teacher_logits(rows.train, broken, tmp_path, tokenizer=tokenizer)
+    logits, places = np.array([[0.0, 1.0], [np.inf, 0.0], [2.0, 3.0]]), np.array([9, 4, 7])
+    with pytest.raises(DistillError, match="logits of row 4 are not finite"):
+        teacher_cache._check(logits, None, places, "")
 
 
 def test_what_does_not_go_together_is_said_before_the_computation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from kronbert.distill import data as module
 from kronbert.distill.data import load_task, tokenize
+from kronbert.distill.sentences import check_pooling, sentence_rows, split_sentences
 from kronbert.distill.text import load_text, pack_text
-from kronbert.errors import DataError
+from kronbert.errors import DataError, DistillError
 from tests.data_files import SST2, folder, write
 
 
@@ -160,3 +162,65 @@ def test_packing_refuses_what_fills_no_block(tokenizer):
     for block in (2, 65):
         with pytest.raises(DataError, match=rf"block={block}\): expected 3 to 64 tokens"):
             pack_text(text, tokenizer, block)
+
+
+# Sentences
+
+
+def test_a_paragraph_falls_into_sentences():
+    text = (
+        ' He came. Why? "Who?" she asked! (No one knew.) 3 men, e.g. us, ran 3.5 km. [It] ended.\n'
+    )
+    found = split_sentences(text)
+    assert (found[0], found[1], found[-1]) == ("He came.", "Why?", "[It] ended.")
+    firsts = [sentence.split()[0] for sentence in found]
+    assert firsts == ["He", "Why?", '"Who?"', "(No", "3", "[It]"]
+    letters = [re.sub(r"\W", "", one) for one in ("".join(found), text)]
+    assert letters[0] == letters[1]
+
+
+def test_sentences_are_rows_of_their_own_lengths(tokenizer, monkeypatch):
+    monkeypatch.setattr("kronbert.distill.sentences.ROWS_AT_ONCE", 2)
+    paragraphs = ["A b. B b c d e. C d e f.", "A.", "A.", "A.", "D e."]
+    text = datasets.Dataset.from_dict({"text": paragraphs})
+    rows = sentence_rows(text, tokenizer, 6, words=(2, 4))
+    kept = tokenizer(["A b.", "C d e f.", "D e."], truncation=True, max_length=6)
+    assert rows["input_ids"][:] == kept["input_ids"]
+    assert rows["attention_mask"][:] == kept["attention_mask"]
+    with pytest.raises(DataError, match="no sentence of 6 to 7 words: give more of it"):
+        sentence_rows(text, tokenizer, words=(6, 7))
+
+
+def test_sentences_of_four_to_64_words_and_128_tokens(tokenizer):
+    lengths = (3, 4, 64, 65)
+    text = datasets.Dataset.from_dict({"text": [" ".join(["ab"] * n) + "." for n in lengths]})
+    rows = sentence_rows(text, tokenizer)
+    assert [len(ids) for ids in rows["input_ids"]] == [4 * 2 + 3, 128]
+
+
+@pytest.mark.parametrize(
+    ("told", "way"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, None),
+        ({"pooling_mode_mean_tokens": False}, "unknown"),
+        (
+            {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True},
+            "pooling_mode_max_tokens and pooling_mode_mean_tokens",
+        ),
+        ({"pooling_mode": "cls"}, "cls"),
+    ],
+)
+def test_the_mean_over_tokens_is_the_only_pooling(tmp_path, told, way):
+    write(tmp_path / "1_Pooling" / "config.json", json.dumps(told))
+    if way is None:
+        check_pooling(str(tmp_path))
+        return
+    with pytest.raises(DistillError, match=f"its sentence embedding is {way} "):
+        check_pooling(str(tmp_path))
+
+
+def test_the_pooling_of_an_encoder_on_the_hub(tmp_path, monkeypatch):
+    told = write(tmp_path / "1_Pooling" / "config.json", '{"pooling_mode": "cls"}')
+    monkeypatch.setattr("transformers.utils.cached_file", lambda model, name: str(told))
+    with pytest.raises(DistillError, match="someone/encoder: its sentence embedding is cls "):
+        check_pooling("someone/encoder")

@@ -160,6 +160,26 @@ def test_a_fit_beats_every_weight_only_start(spec):
     assert objective.value(free) < fitted < lowest
 
 
+def test_inputs_of_zero_leave_what_is_nearest_to_the_weight():
+    shape = KroneckerShape.parse("3:5x4*2x7")
+    weight = torch.randn(10, 28, dtype=torch.float64)
+    nothing = Objective(torch.zeros(28, 28).double(), torch.zeros(10, 28).double())
+    fitted = sum_of(nearest_outputs(nothing.ridged(weight, 0.01), [shape], [pair_of(shape)]))
+    error = nearest_kronecker(weight, shape)[2]
+    assert (weight - fitted).norm() / weight.norm() == pytest.approx(error)
+
+
+@pytest.mark.parametrize("spec", ["3:5x4*2x7", "3:10x1*1x28", "2:5x4*2x7 + 2:10x1*1x28"])
+def test_fitted_terms_are_balanced(spec):
+    groups = parse_groups(spec)
+    *_, objective = problem(10, 28)
+    for a, b in nearest_outputs(objective, groups, [pair_of(shape) for shape in groups]):
+        a, b = a.flatten(1), b.flatten(1)
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=1))
+        products = a @ a.T
+        torch.testing.assert_close(products, products.diagonal().diag(), atol=1e-9, rtol=0)
+
+
 def test_full_rank_meets_the_free_minimum():
     shape = KroneckerShape.parse("7:2x3*5x4")
     *_, objective = problem(10, 12)
