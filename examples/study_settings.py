@@ -61,10 +61,17 @@ SHUFFLED = "shuffled"
 """The tag of CoLA's run at 4x whose batches of like lengths came in mixed order, as those of text
 do (`kronbert.distill.sampling`)."""
 
+ONE_TEACHER = "one-teacher"
+"""The tag of runs at 19x that were made as the main ones are, all with one teacher, for variants of
+several seeds to be held against."""
+
 BESIDE = {
     **dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER),
     **dict.fromkeys(("flat-table", "four-passes"), LAW_ALONE),
     "weights-tenth": "tenth",
+    **dict.fromkeys(
+        ("ema", "labels-half", "answers-alone", "last-layer", "novels", "more-rows"), ONE_TEACHER
+    ),
 }
 """Variant -> the tag of the runs that it is held against, where a task has runs of it: else, and
 for other variants, `MAIN`."""

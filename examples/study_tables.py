@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def ablations(results: Results) -> str:
     lines = _head(["factor", "student", "variant", "changed", *heads])
     for kind, factor in dict.fromkeys((kind, factor) for kind, factor, _ in variants):
         own = [tag for k, f, tag in variants if (k, f) == (kind, factor)]
-        for tag in (settings.MAIN, *sorted(own, key=_place)):
+        for tag in (settings.MAIN, *sorted(own, key=lambda tag: _place(tag, own))):
             cells = [_beside(results, kind, factor, task, tag) for task in tasks]
             cells += [_beside(results, kind, factor, task, tag, OUTSIDE) for task in away]
             changed = _changes(results, kind, factor, tag)
@@ -162,10 +162,11 @@ def ablations(results: Results) -> str:
     return "\n".join([*lines, "", _notes(results, tuple(tasks), SCORES, every=True)])
 
 
-def _place(tag: str) -> tuple[str, bool, str]:
-    """Sorts variants of the main runs first, then those of replaced ones, below these."""
-    replaced = tag if tag in settings.BESIDE.values() else settings.BESIDE.get(tag, "")
-    return replaced, tag != replaced, tag
+def _place(tag: str, own: Sequence[str]) -> tuple[str, bool, str]:
+    """Sorts variants of the main runs first, then those of others among ``own``, below these."""
+    base = tag if tag in settings.BESIDE.values() else settings.BESIDE.get(tag, "")
+    base = base if base in own else ""
+    return base, tag != base, tag
 
 
 def _base(results: Results, kind: str, factor: float, task: str, tag: str) -> str:
