@@ -174,6 +174,15 @@ def test_the_best_group_alone_is_where_mixed_groups_start(monkeypatch):
     assert worst <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_groups_are_fitted_in_float64(dtype):
+    shapes = [KroneckerShape(5, 4, 8, 6, 2), low_rank(40, 24, 3)]
+    weight = matrix(shapes[0], dtype)
+    a, _, error = nearest_kronecker(weight, shapes)
+    assert {t.dtype for t in a} == {dtype}
+    assert error == pytest.approx(nearest_kronecker(weight.double(), shapes)[2], abs=1e-12)
+
+
 def test_a_sum_of_both_kinds_is_fitted_closely():
     shapes = [KroneckerShape(5, 4, 8, 6), low_rank(40, 24, 1)]
     parts = [nearest_kronecker(matrix(shape), shape)[:2] for shape in shapes]

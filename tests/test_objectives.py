@@ -266,9 +266,9 @@ def test_terms_that_have_nothing_to_compare():
         (lambda: Term(tap="ffn", weight=-1), "weight=-1.: expected a finite number >= 0"),
         (lambda: Term(tap="ffn", weight=float("nan")), "weight=nan.: expected a finite"),
         (lambda: Term(tap="ffn", weight=float("inf")), "weight=inf.: expected a finite"),
-        (lambda: Term(tap="ffn", weight="1"), "weight='1'.: expected a finite"),
+        (lambda: Term(tap="ffn", weight="1"), "weight='1'.: expected a finite"),  # type: ignore[arg-type]
         (
-            lambda: Term(tap="logits", loss="kl", temperature="2"),
+            lambda: Term(tap="logits", loss="kl", temperature="2"),  # type: ignore[arg-type]
             "temperature='2'.: expected a num",
         ),
         (lambda: Term(tap="logits", loss="kl", temperature=float("inf")), "temperature=inf.: exp"),
