@@ -15,16 +15,21 @@ from datasets.table import InMemoryTable
 from kronbert.distill.text import ROWS_AT_ONCE
 from kronbert.errors import DataError, DistillError
 
-# A full stop, and what follows it as a new sentence does. Abbreviations cut some sentences short.
-_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+# A full stop with what it closes, before what begins as a sentence does. Abbreviations cut some
+# sentences short.
+_END = re.compile(r"([.!?][\"')\]]*)\s+(?=[\"'(\[]?[A-Z0-9])")
 
 POOLING = "1_Pooling/config.json"
 """Where sentence-transformers says how token states become one embedding."""
 
 
 def split_sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph, in order."""
-    return _END.split(paragraph.strip())
+    """The sentences of a paragraph, in order; nothing but the blanks between them is left out."""
+    paragraph, start, found = paragraph.strip(), 0, []
+    for end in _END.finditer(paragraph):
+        found.append(paragraph[start : end.end(1)])
+        start = end.end()
+    return [*found, paragraph[start:]]
 
 
 def sentence_rows(

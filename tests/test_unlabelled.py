@@ -40,7 +40,7 @@ def test_sentences_of_a_text(text):
     rows = unlabelled_text(ONE, text)
     assert rows.column_names == ["said"]
     assert list(rows["said"]) == [
-        "One two three.", "Four five \"six!", "(Seven) eight nine?", "Ten eleven twelve.",
+        "One two three.", 'Four five "six!"', "(Seven) eight nine?", "Ten eleven twelve.",
         "A b c d.", "E f g h.", "Mr x went, e.g. to y; no end here",
     ]  # fmt: skip
     assert list(unlabelled_text(ONE, text, words=(1, 2))["said"]) == ["Short one."]
