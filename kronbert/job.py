@@ -8,6 +8,8 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from functools import cached_property, partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from .config import Rule
@@ -59,12 +61,20 @@ def compress(settings: CompressSettings, say: Say = print, data: Any = None) -> 
     return content
 
 
-def _begin(folder: JobFolder, data: Any) -> None:
-    """`JobFolder.begin` with these data, or the error that says that it began with others."""
+def _begin(folder: JobFolder, data: Any, *texts: str | None) -> None:
+    """`JobFolder.begin` with these data and text files, or the error that says that it began with
+    others."""
     from .distill.digests import data_digest
 
     sizes = {name: len(rows) for name, rows in data.validation.items()}
-    folder.begin(f"{data.source}; {len(data.train)} train, {sizes}", data_digest(data))
+    read = {
+        name: sha256(Path(name).read_bytes()) for name in texts if name and os.path.isfile(name)
+    }
+    folder.begin(
+        f"{data.source}; {len(data.train)} train, {sizes}",
+        data_digest(data),
+        {name: seen.hexdigest()[:16] for name, seen in read.items()},
+    )
 
 
 class _Job:
@@ -106,7 +116,7 @@ class _Job:
         if not folder.began():
             folder.state["start"] = self._choose_start()
         folder.state["cut"] = self.cut
-        _begin(folder, self.data)
+        _begin(folder, self.data, settings.unlabelled, settings.stage1_text)
 
     def _open_dense(self) -> tuple[Any, bool]:
         """The teacher, fit to be compressed and distilled; or the error that says why not."""

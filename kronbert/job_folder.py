@@ -67,9 +67,9 @@ class JobFolder:
             )
         return state
 
-    def begin(self, data: str, digest: str) -> None:
+    def begin(self, data: str, digest: str, texts: Mapping[str, str] | None = None) -> None:
         """Write the state before anything is trained. data: what the rows are and how many; digest:
-        of their contents."""
+        of their contents. texts: of files beside them, by name; None where none is read again."""
         before = self.state["data"]
         if before not in (None, data):
             raise CheckpointError(
@@ -81,7 +81,14 @@ class JobFolder:
                 f"{self.path}: began with the data {before!r}, whose contents are others now. "
                 "Restore the data to resume, or choose another --output."
             )
-        self.state |= {"data": data, "digest": digest}
+        known = self.state.get("texts") or {}
+        for name, found in (texts or {}).items():
+            if known.get(name, found) != found:
+                raise CheckpointError(
+                    f"{self.path}: began with another text in {name}. Restore it to resume, or "
+                    "choose another --output."
+                )
+        self.state |= {"data": data, "digest": digest, "texts": known | dict(texts or {})}
         self._write()
 
     def began(self) -> bool:

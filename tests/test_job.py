@@ -171,6 +171,23 @@ def test_other_data_are_refused(tiny_bert, tiny_task, tmp_path, monkeypatch):
         compress(settings, lambda _: None)
 
 
+@pytest.mark.parametrize("key", ["unlabelled", "stage1_text"])
+def test_another_text_is_refused(key, tiny_bert, tiny_task, tmp_path, monkeypatch):
+    text, other = tmp_path / "more.txt", "The film was bad and the soup was cold. " * 9
+    text.write_text("The room was dull and the soup was good. " * 9)
+    first = text.read_text()
+    settings = settings_for(tiny_bert, tiny_task, tmp_path / "out", **{key: str(text)})
+    monkeypatch.setattr(job_module._Job, "_teacher", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compress(settings, lambda _: None)
+    text.write_text(other)
+    with pytest.raises(CheckpointError, match=r"began with another text in .*more\.txt"):
+        compress(settings, lambda _: None)
+    text.write_text(first)
+    with pytest.raises(ZeroDivisionError):
+        compress(settings, lambda _: None)
+
+
 def test_fine_tuned_teacher_is_taken_as_it_is(finished, tiny_task, tmp_path):
     """With stage 1, whose text is the training sentences."""
     text = tmp_path / "text.txt"
