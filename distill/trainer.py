@@ -305,7 +305,8 @@ def _only(
 
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     mask: Tensor | None = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 3 and mask.shape == inputs["input_ids"].shape:
+    ids = inputs.get("input_ids")
+    if mask is not None and mask.dim() == 3 and ids is not None and mask.shape == ids.shape:
         return mask.flatten(0, 1)  # several choices: the encoder has each as a row
     if mask is not None and mask.dim() != 2:
         raise DistillError(

@@ -120,6 +120,14 @@ def test_data_without_labels(tmp_path):
     a_trainer(tmp_path, Objective(terms=TASK.terms[:4]), train_dataset=rows, max_steps=1).train()
 
 
+def test_a_mask_of_pairs_of_tokens(tmp_path):
+    batch = {"inputs_embeds": torch.randn(2, 5, 16), "attention_mask": torch.ones(2, 5, 5)}
+    with pytest.raises(
+        DistillError, match=r"attention_mask \(2, 5, 5\): expected \(batch, tokens\)"
+    ):
+        a_trainer(tmp_path, KL).objective_losses([batch])
+
+
 def test_a_head_of_another_kind(tmp_path):
     trainer = a_trainer(
         tmp_path, LOGITS, teacher=a_model(2, transformers.BertForTokenClassification)
