@@ -15,7 +15,7 @@ from typing import Any
 from .config import Rule
 from .errors import DistillError
 from .job_begin import MEASURED, candidates, hidden_error, row_batches
-from .job_folder import JobFolder, Say
+from .job_folder import JobFolder, Say, alone
 from .job_models import (
     check_finite,
     check_tokenizer,
@@ -46,18 +46,19 @@ def compress(settings: CompressSettings, say: Say = print, data: Any = None) -> 
             "compress runs in one process. For several, write the stages with DistillTrainer and "
             "start that script with torchrun."
         )
-    folder = JobFolder(settings.output, asdict(settings), say)
-    report = folder.path / "report.json"
-    if not (folder.done("report") and report.is_file()):
-        with quiet():
-            _Job(settings, folder, data).run()
-    else:
-        looked = "the data were not read again"
-        if data is not None:
-            _begin(folder, data)
-            looked = "with these data"
-        say(f"finished before: {folder.path / 'report.md'} ({looked})")
-    content: dict[str, Any] = json.loads(report.read_text())
+    with alone(settings.output):
+        folder = JobFolder(settings.output, asdict(settings), say)
+        report = folder.path / "report.json"
+        if not (folder.done("report") and report.is_file()):
+            with quiet():
+                _Job(settings, folder, data).run()
+        else:
+            looked = "the data were not read again"
+            if data is not None:
+                _begin(folder, data)
+                looked = "with these data"
+            say(f"finished before: {folder.path / 'report.md'} ({looked})")
+        content: dict[str, Any] = json.loads(report.read_text())
     return content
 
 

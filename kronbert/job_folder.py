@@ -6,9 +6,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
 
@@ -140,6 +143,25 @@ class JobFolder:
         tokenizer.save_pretrained(scratch)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(scratch, final)
+
+
+@contextmanager
+def alone(folder: str | Path) -> Iterator[None]:
+    """No other process is at work in ``folder`` meanwhile, or `CheckpointError` at once. The lock
+    falls when its process ends, however it ends."""
+    writable(folder)
+    lock = FileLock(Path(folder, ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"{folder}: another process is at work in it. Wait for its end, or choose another "
+            "--output."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, Literal
 
 from .errors import DataError, DistillError, PlanError
-from .job_folder import JobFolder, Say, write_whole
+from .job_folder import JobFolder, Say, alone, write_whole
 from .job_models import (
     check_finite,
     check_tokenizer,
@@ -117,13 +117,14 @@ def pretrain_student(settings: PretrainSettings, say: Say = print) -> dict[str, 
             "pretrain-student runs in one process. For several, write the stage with "
             "DistillTrainer and start that script with torchrun."
         )
-    folder = JobFolder(settings.output, asdict(settings), say)
-    report = folder.path / "report.json"
-    if folder.done("report") and report.is_file():
-        say(f"finished before: {report} (the text was not read again)")
-    else:
-        with quiet():
-            _Pretraining(settings, folder).run()
+    with alone(settings.output):
+        folder = JobFolder(settings.output, asdict(settings), say)
+        report = folder.path / "report.json"
+        if folder.done("report") and report.is_file():
+            say(f"finished before: {report} (the text was not read again)")
+        else:
+            with quiet():
+                _Pretraining(settings, folder).run()
     content: dict[str, Any] = json.loads(report.read_text())
     return content
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kronbert import job as job_module
+from kronbert.errors import CheckpointError
 from kronbert.job import compress
 from tests.job_runs import SHORT, assert_equal, weights
 
@@ -38,6 +39,8 @@ def kill_in(step, settings, folder):
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and run.poll() is None:
             if any(map(_whole, (folder / f"{step}-run").glob("checkpoint-*"))):
+                with pytest.raises(CheckpointError, match="another process is at work"):
+                    compress(replace(settings, output=str(folder)), print)
                 run.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.002)

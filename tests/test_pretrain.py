@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
@@ -165,6 +166,17 @@ def test_killed_run_resumes_to_the_same_student(finished, texts, tmp_path, monke
     assert again["tokens"] == report["tokens"]
     rate = again["tokens_per_second"] * (again["seconds"] - again["held_out_seconds"]) / (8 * 16)
     assert last <= round(rate) < again["steps"]  # the speed is that of the steps done since
+
+
+def test_one_process_at_a_time(tiny_bert, texts, tmp_path):
+    settings = settings_for(tiny_bert, texts, tmp_path / "held")
+    (tmp_path / "held").mkdir()
+    with (
+        FileLock(tmp_path / "held" / ".lock"),
+        pytest.raises(CheckpointError, match="another process is at work"),
+    ):
+        pretrain_student(settings, print)
+    assert [one.name for one in (tmp_path / "held").iterdir()] == [".lock"]
 
 
 def test_adamw_alone_takes_other_steps(finished, texts, tmp_path):
