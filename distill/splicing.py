@@ -71,4 +71,4 @@ def _spliced(first: str, second: str, share: float) -> str:
     start, end = first.split(), second.split()
     kept = max(1, round(share * len(start)))
     left_out = min(round(share * len(end)), len(end) - 1)
-    return " ".join([*start[:kept], *end[max(0, left_out) :]])
+    return " ".join([*start[:kept], *end[left_out:]])

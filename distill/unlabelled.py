@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from kronbert.distill.data import TaskData
     from kronbert.distill.stages import Stage
 
+TEXTS = ("string", "large_string", "string_view")
+"""Types of a column of text."""
+
 
 def unlabelled_text(
     task: Task,
@@ -68,20 +71,24 @@ def unlabelled_rows(
 
     columns: where the texts are, as many as the task has text columns. For a task on single
     sentences two columns give two rows; for a pair one column gives pairs of rows that follow each
-    other. limit: at most so many rows, from the start."""
+    other. Rows without a text, or with an empty one, are left out. limit: at most so many rows,
+    from the start."""
     names = (columns,) if isinstance(columns, str) else tuple(columns)
     if not 1 <= len(names) <= 2 or not set(names) <= set(rows.column_names):
         raise DataError(
             f"unlabelled_rows(columns={columns!r}): expected one or two of "
             f"{', '.join(map(repr, rows.column_names))}."
         )
+    if wrong := [n for n in names if getattr(rows.features[n], "dtype", None) not in TEXTS]:
+        raise DataError(f"unlabelled_rows: {wrong[0]!r} holds {rows.features[wrong[0]]}, no text.")
     width = len(task.text)
 
     def texts() -> Iterator[str]:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             batch = rows[start : start + ROWS_AT_ONCE]
             for row in zip(*(batch[name] for name in names), strict=True):
-                yield from row
+                if all(text and text.strip() for text in row):
+                    yield from row
 
     def found() -> Iterator[tuple[str, ...]]:
         each = texts()

@@ -70,20 +70,21 @@ def calibration_batches(init: str, calibration: Iterable[Any] | None) -> list[An
         )
     batches: list[Any] = []
     tokens = 0
-    for batch in calibration:
+    for index, batch in enumerate(calibration):
         if not isinstance(batch, Mapping | Tensor):
             raise PlanError(
-                f"convert(calibration=...): batch {len(batches)} is a {type(batch).__name__}: "
-                "expected a dict of tensors, as a tokenizer gives, or one tensor."
+                f"convert(calibration=...): batch {index} is a {type(batch).__name__}: expected a "
+                "dict of tensors, as a tokenizer gives, or one tensor."
             )
-        batches.append(dict(batch) if isinstance(batch, Mapping) else batch)
-        tokens += _tokens(batches[-1], len(batches) - 1)
+        if found := _tokens(batch, index):
+            batches.append(dict(batch) if isinstance(batch, Mapping) else batch)
+            tokens += found
         if tokens >= READ_AT_MOST:
             break
     if not tokens:
         raise PlanError(
-            f"convert(calibration=...): {len(batches)} batches without a token that counts. Give "
-            "a few hundred sentences."
+            "convert(calibration=...): no batch has a token that counts. Give a few hundred "
+            "sentences, as tensors (the tokenizer's return_tensors='pt')."
         )
     return _joined(batches) if len(batches) > APART else batches
 

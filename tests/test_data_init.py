@@ -351,6 +351,8 @@ def test_single_sentences_are_walked_through_together(monkeypatch):
     uneven = [{"input_ids": ids[:2], "position_ids": torch.arange(12)[None]}] * 31
     assert len(data_init.calibration_batches("data", uneven)) == 31
     assert len(data_init.calibration_batches("data", several[:29])) == 29
+    blank = {"input_ids": ids[:1], "attention_mask": torch.zeros(1, 12)}
+    assert len(data_init.calibration_batches("data", [{"input_ids": ids[:0]}, blank, one])) == 1
     monkeypatch.setattr(data_init, "TOGETHER", 24)
     plain = [{"input_ids": row[None]} for row in ids]
     assert len(data_init.calibration_batches("data", plain)) == 15  # of two rows of 12 tokens

@@ -54,7 +54,7 @@ REFUSED = {
         {"init": "data", "calibration": {"input_ids": 1}},
         "calibration=dict.*iterable of batches",
     ),
-    "nothing": (classifier, LOW_RANK, {"init": "data", "calibration": []}, "0 batches without a"),
+    "nothing": (classifier, LOW_RANK, {"init": "data", "calibration": []}, "no batch has a token"),
     "only padding": (
         classifier,
         LOW_RANK,
@@ -64,7 +64,13 @@ REFUSED = {
                 {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.zeros(1, 3)}
             ],
         },
-        "1 batches without a token that counts",
+        "no batch has a token that counts",
+    ),
+    "lists": (
+        classifier,
+        LOW_RANK,
+        {"init": "data", "calibration": [{"input_ids": [[2, 3]]}]},
+        "return_tensors='pt'",
     ),
     "text unasked": (classifier, LOW_RANK, {"calibration": []}, "init='weights' reads no text"),
     "another init": (classifier, LOW_RANK, {"init": "svd"}, "expected 'weights' or 'data'"),

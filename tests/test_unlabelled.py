@@ -66,6 +66,11 @@ def test_another_tasks_rows():
     assert list(unlabelled_rows(PAIR, rows, "a")) == [{"first": "1", "second": "2"}]
     assert len(unlabelled_rows(ONE, rows, "a", limit=2)) == 2
     assert unlabelled_rows(ONE, rows, "a").column_names == ["said"]
+    gaps = datasets.Dataset.from_dict({"a": ["1", None, "3", " "], "b": ["x", "y", "z", "w"]})
+    assert list(unlabelled_rows(ONE, gaps, "a")["said"]) == ["1", "3"]
+    assert list(unlabelled_rows(PAIR, gaps, ("a", "b"))["second"]) == ["x", "z"]
+    long = gaps.cast_column("a", datasets.Value("large_string"))
+    assert list(unlabelled_rows(ONE, long, "a")["said"]) == ["1", "3"]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +78,7 @@ def test_another_tasks_rows():
     [
         (lambda rows: unlabelled_rows(ONE, rows, "c"), "expected one or two of 'a'"),
         (lambda rows: unlabelled_rows(PAIR, rows.select([0]), "a"), "no pair of sentences in it"),
+        (lambda rows: unlabelled_rows(ONE, rows.add_column("n", [1, 2]), "n"), "'n' holds Value"),
         (lambda rows: unlabelled_rows(ONE, rows, "a", limit=0), "limit=0: expected"),
         (lambda rows: unlabelled_text(ONE, rows, words=(3, 2)), "expected fewest and most words"),
         (lambda rows: unlabelled_text(ONE, rows.rename_column("a", "text"), words=(9, 9)),
