@@ -21,15 +21,14 @@ def identity(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
 
 
 def uniform(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """Layer m learns from m * teacher_layers / student_layers (TinyBERT, Jiao et al. 2020)."""
-    if student_layers < 1 or teacher_layers % student_layers:
+    """Layer m learns from m * teacher_layers / student_layers, rounded down: in TinyBERT one is a
+    multiple of the other (Jiao et al. 2020). Students of `kronbert.fewer_layers` have these."""
+    if student_layers > teacher_layers:
         raise DistillError(
-            f"layer map 'uniform': {student_layers} student layers do not divide {teacher_layers} "
-            "teacher layers. Pass a tuple with one teacher layer (from 1; 0 = none) per student "
-            "layer."
+            f"layer map 'uniform': {student_layers} student layers, but {teacher_layers} teacher "
+            "layers. Pass a tuple with one teacher layer (from 1; 0 = none) per student layer."
         )
-    step = teacher_layers // student_layers
-    return tuple(m * step for m in range(1, student_layers + 1))
+    return tuple(m * teacher_layers // student_layers for m in range(1, student_layers + 1))
 
 
 def explicit(

@@ -280,7 +280,14 @@ class Study:
             )
         counted = training.init == "importance"
         student = students.build(
-            run.kind, teacher, run.factor, start, calibration, training.structure, counted
+            run.kind,
+            teacher,
+            run.factor,
+            start,
+            calibration,
+            training.structure,
+            counted,
+            training.layers,
         )
         return student, None if start is None else {"name": start.name, "cosine": start.cosine}
 

@@ -132,7 +132,8 @@ class Training:
     text_rows: sentences of --text; transfer: other tasks and how many of their training rows; all
     without labels, for stages that read none. start: a task whose student of the same kind, factor,
     seed and tag it goes on from.
-    structure: of the kind kronbert, a key of `study_structures.STRUCTURES`. after: a tag; this run
+    structure: of the kind kronbert, a key of `study_structures.STRUCTURES`. layers: how many the
+    students have, as `kronbert.fewer_layers` takes it; None: the teacher's. after: a tag; this run
     has only the last stage of its own and goes on from where that tag's run of the same task, kind,
     factor and seed was before its last.
     """
@@ -149,6 +150,7 @@ class Training:
     transfer: Mapping[str, int] = field(default_factory=dict)
     start: str | None = None
     structure: str = "planned"
+    layers: int | None = None
     after: str | None = None
 
     def __post_init__(self) -> None:
@@ -167,6 +169,8 @@ class Training:
                 "augment, splice, text_rows, transfer: rows without labels, but every stage learns "
                 "from labels. Drop the term 'labels' from one."
             )
+        if self.layers is not None and self.start is not None:
+            raise DistillError("layers: a student that goes on from another has its depth.")
         names = [stage.name for stage in stages]
         if len(set(names)) < len(names):
             raise DistillError(f"stages {names}: expected different names; one folder each.")
@@ -192,6 +196,8 @@ class Training:
                 told["objective"] = objective.to_dict()
                 # the same rows for every factor and seed
                 told["cache_teacher"] = objective.teacher_taps == {"logits"}
+            elif self.layers is not None:
+                told["objective"] = {**given["objective"], "layer_map": "uniform"}
             found.append(Stage.from_dict(told))
         return found
 
@@ -203,7 +209,7 @@ class Training:
 
 def before_last(training: Mapping[str, Any]) -> dict[str, Any]:
     """Of `Training.to_dict`: what determines a student before its last stage, but for its rows."""
-    same = ("init", "calibration_rows", "calibration_text", "start", "structure")
+    same = ("init", "calibration_rows", "calibration_text", "start", "structure", "layers")
     return {"stages": training["stages"][:-1], **{name: training[name] for name in same}}
 
 

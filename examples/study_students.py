@@ -60,12 +60,18 @@ def build(
     calibration: list[Any] | None,
     structure: str = "planned",
     importance: bool = False,
+    layers: int | None = None,
 ) -> Any:
     """A student of ``teacher``; calibration: batches for a fit to data, None for the weights.
     Of the kind kronbert: structure, see `study_structures`; importance, whether outputs count by
-    it (`study_starts.by_importance`)."""
+    it (`study_starts.by_importance`). layers: how many it has, None: the teacher's."""
+    if layers is not None and (start is not None or kind == "dense"):
+        raise DataError(f"layers={layers}: students of kind {kind!r} have a depth of their own.")
     if start is not None:
         return student_from(start, teacher, factor=factor)
+    if layers is not None:
+        whole, teacher = teacher.num_parameters(), kronbert.fewer_layers(teacher, layers)
+        factor *= teacher.num_parameters() / whole
     plan = kronbert.plan(teacher, factor=factor, errors=False)
     if kind == "kronbert":
         plan = restructured(plan, structure)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .conversion import merge as merge
     from .conversion import plan as plan
     from .decompose import nearest_kronecker as nearest_kronecker
+    from .depth import fewer_layers as fewer_layers
     from .embedding import KroneckerEmbedding as KroneckerEmbedding
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
@@ -48,6 +49,7 @@ _HOME = {
     "merge": "conversion",
     "plan": "conversion",
     "nearest_kronecker": "decompose",
+    "fewer_layers": "depth",
     "KroneckerEmbedding": "embedding",
     "CheckpointError": "errors",
     "DataError": "errors",

@@ -19,11 +19,11 @@ IDS = torch.arange(22).view(2, 11)
 
 
 def classifier(**more):
-    return BertForSequenceClassification(BertConfig(**SMALL, **more)).eval()
+    return BertForSequenceClassification(BertConfig(**SMALL | more)).eval()
 
 
 def masked_lm(**more):
-    return BertForMaskedLM(BertConfig(**SMALL, **more)).eval()
+    return BertForMaskedLM(BertConfig(**SMALL | more)).eval()
 
 
 def edit_config(folder, change):

@@ -284,6 +284,36 @@ def test_rules_reach_every_architecture(case):
     )
 
 
+def passes_on(layer, args, kwargs, output):
+    """A forward hook: the layer gives what it was given."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_fewer_layers_of_every_architecture(case, tmp_path):
+    """The copy computes what the model does when the layers that were dropped do nothing."""
+    kind = getattr(transformers, case.model_class).config_class.model_type
+    depth = {"distilbert": "n_layers", "gpt2": "n_layer"}.get(kind, "num_hidden_layers")
+    case = case._replace(config={**case.config, depth: 4})
+    model, inputs = build(case), batch(case)
+    before = digest(model)
+    shallow = kronbert.fewer_layers(model, (1, 4))
+    found = outputs(shallow, inputs)
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 4)
+    hooks = [layers[i].register_forward_hook(passes_on, with_kwargs=True) for i in (1, 2)]
+    assert torch.equal(outputs(model, inputs), found)
+    for hook in hooks:
+        hook.remove()
+    assert digest(model) == before
+    assert shallow.config.num_hidden_layers == 2
+    shallow.save_pretrained(tmp_path)
+    auto = getattr(transformers, f"AutoModelFor{case.auto}")
+    assert torch.equal(outputs(auto.from_pretrained(tmp_path), inputs), found)
+    student = kronbert.convert(shallow, factor=1.5)
+    assert student.kronecker_plan.dense_parameters == shallow.num_parameters()
+
+
 def test_gpt2_keeps_its_layer_types():
     """Conv1D stands transposed, and comes back from a merge of a loaded model."""
     (case,) = [case for case in CASES if case.model_class == "GPT2LMHeadModel"]

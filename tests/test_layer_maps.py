@@ -13,6 +13,7 @@ def test_identity_pairs_equal_depths():
 def test_uniform_is_tinyberts():
     assert layer_maps.uniform(4, 12) == (3, 6, 9, 12)
     assert layer_maps.uniform(6, 12) == (2, 4, 6, 8, 10, 12)
+    assert layer_maps.uniform(4, 6) == (1, 3, 4, 6)
     assert layer_maps.uniform(5, 5) == (1, 2, 3, 4, 5)
 
 
@@ -28,7 +29,7 @@ def test_resolve(layer_map, expected):
     ("layer_map", "student", "teacher", "text"),
     [
         ("identity", 4, 6, "the student has 4 layers, the teacher 6. Use 'uniform'"),
-        ("uniform", 4, 6, "4 student layers do not divide 6 teacher layers"),
+        ("uniform", 6, 4, "6 student layers, but 4 teacher layers"),
         ("unifrom", 2, 2, "'unifrom' is not known. Nearest: 'uniform'"),
         ((1, 2), 3, 6, "2 entries for 3 student layers"),
         ((1, 2, 7), 3, 6, "student layer 3 points at teacher layer 7; the teacher has layers 1 to"),

@@ -90,6 +90,7 @@ TABLE = {
         outside_lazily="safetensors",
     ),
     "hf_hook": Row(lazily="hf"),
+    "depth": Row("errors", outside="torch", outside_lazily="transformers"),
     # Initialisation from data.
     "walk": Row(outside="torch"),
     "moments": Row(outside="torch"),
@@ -115,7 +116,7 @@ TABLE = {
     ),
     # At import only the hook; each public name is loaded from its home on first use.
     "__init__": Row(
-        "errors hf_hook", lazily=f"{MODEL} losses conversion checkpoint reporting shipped"
+        "errors hf_hook", lazily=f"{MODEL} losses conversion depth checkpoint reporting shipped"
     ),
     # Above the public names.
     "kernels.*": Row(f"{SIZES} kernels.*", outside="torch triton"),

@@ -192,6 +192,15 @@ def test_a_dense_student_learns_the_answers_in_every_stage(modules):
         modules.settings.training_of("sst2", {"stages": hidden}).stages_of("dense", seed=3)
 
 
+def test_a_student_of_fewer_layers_learns_from_those_it_has(modules):
+    training = modules.settings.training_of("sst2", {"layers": 4})
+    maps = {stage.objective.layer_map for stage in training.stages_of("svd", seed=3)}
+    assert maps == {"uniform"}
+    assert modules.settings.before_last(training.to_dict())["layers"] == 4
+    with pytest.raises(DistillError, match="goes on from another has its depth"):
+        modules.settings.training_of("rte", {"layers": 4, "start": "mnli"})
+
+
 def test_one_failure_does_not_stop_the_others(modules, options, monkeypatch):
     options.students = ["svd", "kronbert"]
     real = modules.students.build

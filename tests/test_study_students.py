@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 import kronbert
+from kronbert.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,16 @@ def test_all_kinds_have_one_size(modules, bert, factor):
     assert 0 <= asked.parameters - sizes["svd"] < min(ranks)
     assert 0 <= asked.parameters - sizes["dense"] < 2 * (2 * 96 + 1)
     assert 0 <= asked.parameters - sizes["paper"] < 0.03 * asked.parameters
+
+
+def test_students_of_fewer_layers_have_the_same_size(modules, bert):
+    most = bert.num_parameters() / 8
+    for kind in ("kronbert", "svd", "paper", "random"):
+        student = modules.students.build(kind, bert, 8.0, None, None, layers=2)
+        assert student.config.num_hidden_layers == len(student.bert.encoder.layer) == 2
+        assert 0.97 * most < student.num_parameters() <= most
+    with pytest.raises(DataError, match="kind 'dense' have a depth of their own"):
+        modules.students.build("dense", bert, 8.0, None, None, layers=2)
 
 
 def test_peers_are_what_they_are_called(modules, bert):
