@@ -15,6 +15,7 @@ from typing import Any
 from .config import Rule
 from .errors import DistillError
 from .job_begin import MEASURED, candidates, hidden_error, row_batches
+from .job_depth import base_of
 from .job_folder import JobFolder, Say, alone
 from .job_models import (
     check_finite,
@@ -132,12 +133,16 @@ class _Job:
         teacher, tuned = open_teacher(name, self.task)
         check_finite(teacher, name, "Use an intact checkpoint.")
         check_tokenizer(teacher, self.tokenizer, name)
-        plan(teacher, **self.wanted, errors=False)
+        base, wanted = self._base(teacher)
+        plan(base, **wanted, errors=False)
         for stage in self.schedule.on_task:
-            layers = supervised_layers(teacher, teacher, stage.objective)
+            layers = supervised_layers(base, teacher, stage.objective)
             Taps(teacher, stage.objective.teacher_taps, [layer for layer in layers if layer])
         self.folder.need_space(teacher.num_parameters())
         return teacher, tuned
+
+    def _base(self, teacher: Any) -> tuple[Any, dict[str, Any]]:
+        return base_of(teacher, self.settings.layers, self.wanted)
 
     @cached_property
     def blocks(self) -> Any:
@@ -229,7 +234,8 @@ class _Job:
         from .conversion import convert
 
         teacher = self._saved("teacher")
-        student = convert(teacher, **self.wanted)
+        base, wanted = self._base(teacher)
+        student = convert(base, **wanted)
         if self.schedule.masked:
             history = self._learn_masked(student)
         else:
@@ -254,7 +260,8 @@ class _Job:
             for layer in student.kronecker_plan.converted
             if layer.size.name in names and not layer.size.tied_to
         }
-        learner = convert(general, rules=rules, keep=())
+        base, _ = base_of(general, self.settings.layers, {})
+        learner = convert(base, rules=rules, keep=())
         history = self._train(learner, general, self.schedule.general, self.blocks, "stage1")
         body: dict[str, Any] = learner.base_model.state_dict()  # type: ignore[union-attr]
         put_body(student, body, self.settings.model)
@@ -263,7 +270,7 @@ class _Job:
     def _choose_start(self) -> dict[str, Any] | None:
         """Chosen once, before anything is trained, and kept when the run is resumed."""
         settings = self.settings
-        if settings.stage1_text is not None or self.dense is None:
+        if settings.stage1_text is not None or self.dense is None or settings.layers is not None:
             return None
         found = find_start(settings.student, self.dense[0], self.tokenizer, **self.wanted)
         return None if found is None else asdict(found)
@@ -278,10 +285,11 @@ class _Job:
         base model's student may be far from the fine-tuned teacher."""
         settings, start, teacher = self.settings, self.start, self._saved("teacher")
         rows, seed = self.rows.train, settings.seed
+        base, wanted = self._base(teacher)
         found = candidates(
-            teacher,
+            base,
             start,
-            self.wanted,
+            wanted,
             rows,
             self.tokenizer,
             fitted=start is None or settings.student is None,
@@ -341,7 +349,10 @@ class _Job:
         for model in (student, teacher):
             model.to("cpu")  # where the report times it
         state, source = self.folder.state, self.data.source
-        write_report(self.folder.path, state, self.task, source, (own, theirs), student, teacher)
+        base, _ = base_of(teacher, self.settings.layers, {})
+        write_report(
+            self.folder.path, state, self.task, source, (own, theirs), student, teacher, base
+        )
         return {}
 
     def _train(self, model: Any, teacher: Any, stage: Any, rows: Any, step: str) -> list[Any]:

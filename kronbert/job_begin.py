@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .depth import spread_layers
 from .job_models import check_finite
 from .job_start import Start, student_from
 
@@ -66,7 +67,8 @@ def row_batches(rows: Any, count: int, seed: int, tokenizer: Any) -> list[dict[s
 def hidden_error(student: Any, teacher: Any, batches: Sequence[Mapping[str, Any]]) -> float:
     """Mean squared difference of the hidden states (tokens, width), summed over the layers.
 
-    Padding is left out. Both have the same depth and width."""
+    Padding is left out. Both have the same width; of fewer layers each is compared with the one
+    that it learns from."""
     total, tokens = 0.0, 0
     device = next(student.parameters()).device
     was_training = student.training
@@ -80,7 +82,9 @@ def hidden_error(student: Any, teacher: Any, batches: Sequence[Mapping[str, Any]
                 model(**batch, output_hidden_states=True).hidden_states[1:]
                 for model in (student, teacher)
             ]
-            for mine, theirs in zip(*states, strict=True):
+            places = spread_layers(*map(len, states))
+            for mine, place in zip(states[0], places, strict=True):
+                theirs = states[1][place - 1]
                 gap = (mine.float() - theirs.float())[mask]
                 total += float(gap.square().mean()) * len(gap)
             tokens += int(mask.sum())

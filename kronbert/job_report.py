@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from . import pictures
 from .job_folder import write_whole
 from .job_models import model_name
 from .reporting import report
+from .weight_errors import weight_errors
 
 SCHEMA = 1
 SEQUENCE = 128
@@ -25,16 +27,20 @@ def write_report(
     answers: tuple[Mapping[str, Any], Mapping[str, Any]],
     student: Any,
     teacher: Any,
+    base: Any,
 ) -> dict[str, Any]:
     """Measure student and teacher, write the report of a finished job into ``folder``; its JSON.
 
-    answers: the student's and the teacher's, dev set -> logits and labels."""
+    answers: the student's and the teacher's, dev set -> logits and labels. base: the dense model
+    that the student was made of."""
     from .distill.fidelity import fidelity
     from .distill.retention import retention_error, share_kept
 
     steps = state["steps"]
     positions = getattr(teacher.config, "max_position_embeddings", None) or SEQUENCE
     measured = report(student, teacher, sequence_length=min(SEQUENCE, positions))
+    errors, unmatched = weight_errors(student, base)
+    measured = replace(measured, errors=errors, unmatched=unmatched)
     first = next(iter(steps["task"]["scores"]))
     before = steps.get("intermediate", steps["task"])
     scores = {
@@ -121,6 +127,8 @@ def _markdown(
         lines += ["> The data is synthetic: generated sentences. Its scores say nothing about "
                   "real text.", ""]  # fmt: skip
     wanted = f"factor {settings['factor']:g}" if settings["factor"] else settings["preset"]
+    if settings.get("layers") is not None:
+        wanted += f", {settings['layers']} layers"
     lines += [
         _summary(content, measured, first, task),
         "",

@@ -20,6 +20,8 @@ class CompressSettings:
     teacher, 1e-4 below 512 hidden units and 3e-5 from there on.
     regression: whether a folder's labels are scores; None: as a fine-tuned teacher's head says,
     else where they are numbers written with a point.
+    layers: how many of the teacher's the student has, as `kronbert.fewer_layers` takes it; factor
+    counts against the teacher all the same. None: all.
     epochs: of stage 2's steps together; learning_rate: of their first; the others keep their share.
     student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it.
     None: the nearer of a shipped one and of the teacher's own layers, fitted to its rows.
@@ -34,6 +36,7 @@ class CompressSettings:
     output: str
     factor: float | None = None
     preset: str | None = None
+    layers: int | None = None
     data_dir: str | None = None
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
@@ -71,6 +74,8 @@ class CompressSettings:
                 "compress: student= and stage1_text=: a student has learnt general text already. "
                 "Give one of the two."
             )
+        if self.layers is not None and self.student not in (None, "none"):
+            raise PlanError("compress: layers= and student=: a student has its layers. Give one.")
         for key in ("splice", "augment"):
             if (getattr(self, key) or 0) < 0:
                 raise PlanError(f"compress({key}={getattr(self, key)}): expected 0 or more.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import DataError, DistillError
+from .job_depth import at_depth
 from .job_rows import tokens_in
 from .job_settings import CompressSettings
 
@@ -70,7 +71,7 @@ class Schedule:
         passes, rate = sum(stage.epochs for stage in steps), steps[0].learning_rate
         on_task = [
             _changed(
-                stage,
+                at_depth(stage, settings.layers),
                 epochs=settings.epochs and settings.epochs * stage.epochs / passes,
                 learning_rate=settings.learning_rate
                 and settings.learning_rate * stage.learning_rate / rate,
@@ -82,7 +83,7 @@ class Schedule:
             for stage in steps
         ]
         general = _changed(
-            recipe.stage("general"),
+            at_depth(recipe.stage("general"), settings.layers),
             epochs=settings.stage1_epochs,
             learning_rate=settings.stage1_learning_rate,
             batch_size=settings.batch_size,

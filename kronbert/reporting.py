@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .config import check_schema
-from .embedding import KroneckerEmbedding
 from .errors import ReportError
 from .inventory import group_of, inventory
 from .latency import (
@@ -26,6 +24,7 @@ from .latency import (
 )
 from .linear import KroneckerLinear
 from .planning import LayerSize, PlannedLayer
+from .weight_errors import weight_errors
 
 SCHEMA = 1
 
@@ -270,48 +269,6 @@ def linear_flops(model: nn.Module, sequence_length: int = 128) -> int:
             layers.append(PlannedLayer(size=size, groups=module.groups))
     counted = (layer for layer in layers if layer.size.group in ("attention", "feed-forward"))
     return sequence_length * sum(layer.flops for layer in counted)
-
-
-@torch.no_grad()
-def weight_errors(
-    student: nn.Module, teacher: nn.Module
-) -> tuple[dict[str, float], tuple[str, ...]]:
-    """(errors, unmatched) of the student's Kronecker layers against the teacher's weights.
-
-    error: ||W_student - W_teacher|| / ||W_teacher|| in the Frobenius norm, in float64. Layers are
-    matched by name, with either model's ``base_model_prefix`` added or removed."""
-    modules = dict(teacher.named_modules())
-    prefixes = {getattr(model, "base_model_prefix", "") + "." for model in (student, teacher)}
-    prefixes -= {"."}
-    errors: dict[str, float] = {}
-    unmatched = []
-    for name, module in student.named_modules():
-        if not isinstance(module, KroneckerLinear | KroneckerEmbedding):
-            continue
-        names = [name, *(p + name for p in prefixes), *(name.removeprefix(p) for p in prefixes)]
-        exact = next((_weight(modules[n]) for n in names if n in modules), None)
-        weight = _weight(module)
-        assert weight is not None  # it has one
-        if exact is None or exact.shape != weight.shape:
-            unmatched.append(name)
-            continue
-        norm = exact.norm().item()
-        missed = (weight.to(exact.device) - exact).norm().item()
-        errors[name] = missed / norm if norm else 0.0
-    return errors, tuple(unmatched)
-
-
-def _weight(module: nn.Module) -> Tensor | None:
-    """The dense weight (out, in) or table (entries, width) in float64; None if there is none."""
-    if isinstance(module, KroneckerLinear):
-        module = module.to_linear()
-    elif isinstance(module, KroneckerEmbedding):
-        module = module.to_embedding()
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return None
-    # transformers' Conv1D stores (in, out) and names its sizes nx and nf.
-    return (weight.T if hasattr(module, "nf") else weight).detach().double()
 
 
 def _bytes_by_dtype(model: nn.Module) -> dict[str, int]:

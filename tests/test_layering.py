@@ -108,8 +108,9 @@ TABLE = {
     ),
     "pictures": Row("errors", outside="numpy matplotlib"),
     "latency": Row("errors", lazily="__init__", outside="torch", outside_lazily="transformers"),
+    "weight_errors": Row("linear embedding", outside="torch"),
     "reporting": Row(
-        f"{MODEL} conversion latency",
+        f"{MODEL} conversion latency weight_errors",
         lazily="pictures plan_table",
         outside="torch",
         outside_lazily="rich",
@@ -130,14 +131,17 @@ TABLE = {
     "job_folder": Row("errors", outside="filelock"),
     "job_models": Row("errors", outside_lazily="safetensors torch transformers"),
     "job_report": Row(
-        "errors pictures reporting job_folder job_models", lazily="distill.*", outside="rich"
+        "errors pictures reporting weight_errors job_folder job_models",
+        lazily="distill.*",
+        outside="rich",
     ),
+    "job_depth": Row("errors depth"),
     "job_settings": Row("errors config"),
     "job_rows": Row("errors job_settings", lazily="distill.*", outside="torch"),
     "job_scores": Row(
         "errors job_models job_rows", lazily="distill.*", outside_lazily="transformers"
     ),
-    "job_stages": Row("errors job_rows job_settings", lazily="distill.*"),
+    "job_stages": Row("errors job_depth job_rows job_settings", lazily="distill.*"),
     "job_start": Row(
         "errors config job_models shipped",
         lazily="checkpoint conversion distill.*",
@@ -145,10 +149,14 @@ TABLE = {
         outside_lazily="transformers",
     ),
     "job_begin": Row(
-        "job_models job_start", lazily="conversion", outside="torch", outside_lazily="transformers"
+        "depth job_models job_start",
+        lazily="conversion",
+        outside="torch",
+        outside_lazily="transformers",
     ),
     "job": Row(
-        "errors config job_begin job_folder job_models job_rows job_settings job_stages job_start",
+        "errors config job_begin job_depth job_folder job_models job_rows job_settings job_stages"
+        " job_start",
         lazily="conversion distill.* job_report",
         outside_lazily="transformers",
     ),

@@ -24,7 +24,8 @@ import kronbert
 from kronbert import latency, reporting
 from kronbert.errors import ReportError
 from kronbert.latency import Timing
-from kronbert.reporting import SCHEMA, Report, linear_flops, report, weight_errors
+from kronbert.reporting import SCHEMA, Report, linear_flops, report
+from kronbert.weight_errors import weight_errors
 
 HIDDEN, FORWARD, LAYERS, VOCABULARY, POSITIONS, LABELS = 48, 96, 2, 240, 64, 3
 
@@ -139,12 +140,19 @@ def test_errors_of_conv1d_are_those_of_the_transposed_weight():
 
 
 def test_layers_the_teacher_lacks_are_named(student):
-    wider = BertForSequenceClassification(bert_config(intermediate_size=192, num_hidden_layers=1))
+    wider = BertForSequenceClassification(bert_config(intermediate_size=192))
     made = report(student, wider, latency=False)
     assert "bert.encoder.layer.0.intermediate.dense" in made.unmatched
-    assert "bert.encoder.layer.1.attention.self.query" in made.unmatched
     assert "bert.encoder.layer.0.attention.self.query" in made.errors
     assert "Not in the teacher" in made.to_markdown()
+
+
+def test_layers_of_a_deeper_teacher_are_not_taken_for_those_of_one_number(student):
+    deeper = BertForSequenceClassification(bert_config(num_hidden_layers=3))
+    errors, unmatched = weight_errors(student, deeper)
+    assert not any(".layer." in name for name in errors)
+    assert "bert.encoder.layer.0.attention.self.query" in unmatched
+    assert {"bert.embeddings.word_embeddings", "bert.pooler.dense"} <= errors.keys()
 
 
 def test_a_student_from_disk_is_reported_without_its_plan(student, teacher, tmp_path):
