@@ -97,6 +97,7 @@ TABLES = {
     "study_outside": of_study(study.outside),
     "study_ablation": of_study(study.ablations),
     "tables": lambda: stage1_tables.tables(RESULTS / "tables.json"),
+    "depths": lambda: stage1_tables.depths(RESULTS / "structure_latency.json"),
     "structures": lambda: stage1_tables.structures(
         RESULTS / "structures.json", RESULTS / "structure_latency.json"
     ),

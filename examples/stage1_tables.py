@@ -85,6 +85,10 @@ def sentences(path: Path) -> str:
     return "\n".join([*lines, "", said])
 
 
+DEPTHS = "depths"
+"""The section of structure_latency.json that has students of several depths."""
+
+
 def structures(path: Path, latency: Path) -> str:
     """What students of one size and several structures learnt of tasks, by structure_study.py, and
     how fast they are, by structure_latency.py."""
@@ -118,9 +122,24 @@ def structures(path: Path, latency: Path) -> str:
     return "\n".join([*lines, "", f"{_learnt_note(content, sets)} {_timed_note(timed)}"])
 
 
-def _timed_rows(timed: dict[str, Any] | None) -> list[dict[str, Any]]:
+def depths(path: Path) -> str:
+    """How fast students of one size and several depths are, by structure_latency.py."""
+    timed = json.loads(path.read_text()) if path.is_file() else None
+    if timed is None or DEPTHS not in timed["sections"]:
+        return NONE
+    rows = _timed_rows(timed, DEPTHS)
+    factors = sorted({row["factor"] for row in rows})
+    titles = [f"{factor:g}x, {dtype}" for factor in factors for dtype in ("fp32", "bf16")]
+    lines = [f"| student | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+    for name in dict.fromkeys(name for row in rows for name in row["ratio"]):
+        cells = [_times(rows, factor, t, name) for factor in factors for t in ("fp32", "bf16")]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join([*lines, "", _timed_note(timed, DEPTHS)])
+
+
+def _timed_rows(timed: dict[str, Any] | None, section: str = "students") -> list[dict[str, Any]]:
     """Those that were measured, small batches first."""
-    rows = timed["sections"]["students"]["rows"].values() if timed else ()
+    rows = timed["sections"][section]["rows"].values() if timed else ()
     return sorted((row for row in rows if "error" not in row), key=lambda row: int(row["batch"]))
 
 
@@ -130,10 +149,10 @@ def _times(times: list[dict[str, Any]], factor: float, dtype: str, name: str) ->
     return " / ".join(f"{ratio[name]:.2f}x" for ratio in ratios if name in ratio) or NONE
 
 
-def _timed_note(timed: dict[str, Any] | None) -> str:
+def _timed_note(timed: dict[str, Any] | None, section: str = "students") -> str:
     if timed is None:
         return f"Times as fast: {NONE}."
-    rows, machine = _timed_rows(timed), timed["sections"]["students"]["environment"]
+    rows, machine = _timed_rows(timed, section), timed["sections"][section]["environment"]
     batches = " / ".join(str(batch) for batch in dict.fromkeys(row["batch"] for row in rows))
     commits = "; ".join(sorted({row["commit"] for row in rows}))
     return (

@@ -111,7 +111,7 @@ def test_rows_are_added_to_those_of_earlier(study, tmp_path):
 def test_times_of_the_students_stand_beside_their_scores(study, monkeypatch, tmp_path):
     """Each student is timed beside the dense model, and the table finds it again."""
     timed, learnt = tmp_path / "timed.json", tmp_path / "learnt.json"
-    monkeypatch.setattr(study.structure_latency, "MINILM", SMALL)
+    monkeypatch.setattr(study.structure_latency, "MINILM", SMALL | {"num_hidden_layers": 6})
     monkeypatch.setattr(sys, "argv", ["structure_latency.py", "--quick", "--out", str(timed)])
     study.structure_latency.main()
     content = json.loads(timed.read_text())
@@ -136,13 +136,22 @@ def test_times_of_the_students_stand_beside_their_scores(study, monkeypatch, tmp
     assert cells["planned"] == [f"{row['ratio']['planned']:.2f}x", none]
     assert cells["single layers"] == [none, none]
     assert "at batch 1 of 128 tokens" in note
+    (row,) = content["sections"]["depths"]["rows"].values()
+    title, _, *lines, _, note = study.stage1_tables.depths(timed).splitlines()
+    assert title == "| student | 8x, fp32 | 8x, bf16 |"
+    assert lines == [
+        f"| {n} layers | {row['ratio'][f'{n} layers']:.2f}x | {none} |" for n in (6, 4)
+    ]
+    assert "at batch 1 of 128 tokens" in note
+    assert study.stage1_tables.depths(tmp_path / "nothing.json") == none
 
 
 def test_every_structure_is_timed_at_both_factors(study, monkeypatch):
-    names = [name for name, _ in study.structure_latency.cases(quick=False)]
+    script = study.structure_latency
+    names = [name for name, _ in script.cases(script.by_structure, quick=False)]
     assert len(set(names)) == len(names) == 8
-    monkeypatch.setattr(study.structure_latency, "MINILM", SMALL)
-    made = study.structure_latency.models(19.0, quick=False)
-    assert list(made) == ["dense", *study.structure_latency.STRUCTURES]
+    monkeypatch.setattr(script, "MINILM", SMALL)
+    made = script.models(script.by_structure, 19.0, quick=False)
+    assert list(made) == ["dense", *script.STRUCTURES]
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in made.items()}
     assert max(size for name, size in sizes.items() if name != "dense") < sizes["dense"] / 18
