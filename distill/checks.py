@@ -45,6 +45,12 @@ def check_pair(
     teacher_tokenizer: Any = None,
 ) -> None:
     """Raise `DistillError` if this student cannot learn this objective from this teacher."""
+    for who, model in (("student", student), ("teacher", teacher)):
+        if getattr(getattr(model, "config", None), "return_dict", True) is False:
+            raise DistillError(
+                f"the {who}'s config.return_dict is False, but its outputs are read by name. "
+                "Set it to True."
+            )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise DistillError(
             f"no parameter of the student ({type(student).__name__}) requires a gradient, so "
@@ -107,11 +113,6 @@ def check_arguments(args: TrainingArguments, objective: Objective, compute_loss_
             "torch_compile=False."
         )
     if getattr(args, "muon_rate", None) is not None:
-        if args.fsdp or args.deepspeed:
-            raise DistillError(
-                "muon_rate with fsdp or deepspeed: they share matrices out, and Muon's steps need "
-                "whole ones. Leave muon_rate out, or train with torchrun alone."
-            )
         name = getattr(args.optim, "value", args.optim)
         if name not in ("adamw_torch", "adamw_torch_fused"):
             raise DistillError(
@@ -119,21 +120,39 @@ def check_arguments(args: TrainingArguments, objective: Objective, compute_loss_
                 "takes AdamW's steps. Set optim='adamw_torch_fused', or leave muon_rate out."
             )
     if getattr(args, "ema", None) is not None:
-        if args.fsdp or args.deepspeed:
-            raise DistillError(
-                "ema with fsdp or deepspeed: they share parameters out or replace them, and the "
-                "average is of whole ones. Leave ema out, or train with torchrun alone."
-            )
         if args.load_best_model_at_end:
             raise DistillError(
                 "ema with load_best_model_at_end: the student that a run leaves is either its "
                 "averaged weights or its best checkpoint. Set one of them."
             )
+        if getattr(args.save_strategy, "value", args.save_strategy) == "best":
+            raise DistillError(
+                "ema with save_strategy='best': what is measured is the average, what is saved as "
+                "the best model are the weights it is an average of. Save by steps or epochs."
+            )
+    check_whole(args, sharded=bool(args.fsdp or args.deepspeed))
     if args.n_gpu > 1:
         raise DistillError(
             f"{args.n_gpu} GPUs in one process: DataParallel's threads would share the taps. Start "
             "one process per GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES."
         )
+
+
+def check_whole(args: TrainingArguments, *, sharded: bool) -> None:
+    """Refuse what needs whole parameters where they are ``sharded``: asked of the arguments, and
+    again once accelerate has read its own settings (``accelerate launch``)."""
+    for key, why in _WHOLE.items():
+        if sharded and getattr(args, key, None) is not None:
+            raise DistillError(
+                f"{key} with fsdp or deepspeed: {why}. Leave {key} out, or train with torchrun "
+                "alone."
+            )
+
+
+_WHOLE = {
+    "muon_rate": "they share matrices out, and Muon's steps need whole ones",
+    "ema": "they share parameters out or replace them, and the average is of whole ones",
+}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

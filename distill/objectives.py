@@ -276,6 +276,12 @@ def term_losses(
     }
 
 
+def _seen(state: Tensor | None, term: Term) -> Tensor:
+    if state is None:
+        raise DistillError(f"the term {term.tap!r} needs what no tap has read. Add it to the taps.")
+    return state
+
+
 def _loss(
     term: Term,
     student: Captured,
@@ -295,10 +301,10 @@ def _loss(
     if teacher is None:
         raise DistillError(f"the objective has the term {term.tap!r}, which needs a teacher.")
     pairs = [(m, n) for m, n in enumerate(layers, start=1) if n]
-    if term.tap == "embedding" and student.embedding is not None and teacher.embedding is not None:
-        return mse_hidden(student.embedding, teacher.embedding, mask)
-    if term.tap == "sentence" and student.last is not None and teacher.last is not None:
-        return cosine_sentence(student.last, teacher.last, mask)
+    if term.tap == "embedding":
+        return mse_hidden(_seen(student.embedding, term), _seen(teacher.embedding, term), mask)
+    if term.tap == "sentence":
+        return cosine_sentence(_seen(student.last, term), _seen(teacher.last, term), mask)
     if term.tap == "ffn":
         return torch.stack(
             [mse_hidden(student.ffn[m], teacher.ffn[n], mask) for m, n in pairs]

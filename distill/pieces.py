@@ -29,6 +29,11 @@ class Pieces:
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         ids = np.array([row["input_ids"] for row in rows], dtype=np.int64)
         length = random.Random(int(ids.sum())).choice(self.lengths)
+        if ids.shape[1] % length:
+            raise DistillError(
+                f"Pieces: blocks of {ids.shape[1]} tokens are not whole pieces of {length}. Pack "
+                "them to the stage's max_length."
+            )
         parts = ids.reshape(-1, length).copy()
         if self.cls is not None and self.sep is not None:
             parts[:, 0], parts[:, -1] = self.cls, self.sep

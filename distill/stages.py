@@ -82,11 +82,6 @@ class Stage:
             raise DistillError(
                 f"Stage({self.name!r}, weight_decay={self.weight_decay!r}): expected >= 0."
             )
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise DistillError(
-                f"Stage({self.name!r}, dropout={self.dropout!r}): expected a probability in [0, "
-                "1), or None for the model's own."
-            )
         object.__setattr__(self, "pieces", tuple(self.pieces))
         check_pieces(f"Stage({self.name!r})", self.pieces, self.max_length)
         check_switches(f"Stage({self.name!r})", self)
@@ -176,6 +171,11 @@ def check_switches(where: str, told: Stage | DistillArguments) -> None:
         raise DistillError(
             f"{where}: ema={ema!r}: expected a share in (0, 1), 0.999 for an average over about "
             "1,000 steps, or None."
+        )
+    if told.dropout is not None and not 0 <= told.dropout < 1:
+        raise DistillError(
+            f"{where}: dropout={told.dropout!r}: expected a probability in [0, 1), or None for the "
+            "model's own."
         )
     for key in ("small_rate", "embedding_rate", "muon_rate"):
         rate = getattr(told, key)

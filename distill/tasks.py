@@ -64,6 +64,8 @@ class Task:
 
     def __post_init__(self) -> None:
         where = f"Task({self.name!r})"
+        if isinstance(self.text, list):
+            object.__setattr__(self, "text", tuple(self.text))
         if not (1 <= len(self.text) <= 2 and len(set(self.text)) == len(self.text)):
             raise DataError(f"{where}: text={self.text!r}: expected one or two column names.")
         if self.label in self.text:
@@ -154,9 +156,14 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
+def plain_name(name: str) -> str:
+    """A GLUE name as the keys of `TASKS` are written: SST-2 and sst_2 are sst2."""
+    return name.lower().replace("-", "").replace("_", "")
+
+
 def get_task(name: str) -> Task:
     """The GLUE task ``name``; spellings such as ``SST-2`` and ``STS_B`` are accepted."""
-    key = name.lower().replace("-", "").replace("_", "")
+    key = plain_name(name)
     if key not in TASKS:
         raise DataError(
             f"unknown task {name!r}: expected one of GLUE's ({', '.join(TASKS)}) or a folder with "

@@ -15,13 +15,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import get_last_checkpoint
 
 from kronbert.distill.averaging import WeightAverage
-from kronbert.distill.checks import check_arguments, check_pair, supervised_layers
+from kronbert.distill.checks import check_arguments, check_pair, check_whole, supervised_layers
 from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.layer_maps import LayerMap
 from kronbert.distill.muon import with_muon
 from kronbert.distill.objectives import Objective, term_losses
 from kronbert.distill.rates import rate_factors, split_groups
-from kronbert.distill.stages import check_switches
+from kronbert.distill.stages import CACHED, check_switches
 from kronbert.distill.taps import Captured, Taps, inputs_of
 from kronbert.distill.teacher_cache import (
     TEACHER_LOGITS,
@@ -115,6 +115,7 @@ class DistillTrainer(Trainer):
         self._term_steps = 0
         self._given_optimizer = self.optimizer is not None
         self._average: WeightAverage | None = None
+        check_whole(args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         decay: float | None = getattr(args, "ema", None)
         if decay is not None:
             self._average = WeightAverage(model, decay)
@@ -137,6 +138,11 @@ class DistillTrainer(Trainer):
         """Trainer's, of the averaged weights where the arguments have ``ema``."""
         with self._averaged():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, of the averaged weights where the arguments have ``ema``."""
+        with self._averaged():
+            return super().predict(*args, **kwargs)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self._average is None else self._average.in_place()
@@ -221,7 +227,8 @@ class DistillTrainer(Trainer):
             return None
         wanted = states_wanted(self.objective.teacher_taps, self.layers)
         states = inputs.get(TEACHER_STATES)
-        if TEACHER_LOGITS in inputs and (states is not None or not wanted):
+        kept = TEACHER_LOGITS in inputs and (states is not None or not wanted)
+        if kept and self.objective.teacher_taps <= CACHED:
             found = Captured() if states is None else as_captured(states, wanted)
             found.outputs = SequenceClassifierOutput(logits=inputs[TEACHER_LOGITS])
             return found

@@ -45,7 +45,9 @@ def scores_of(model: str, task: str, *, max_length: int | None = None, **data: A
     if max_length is not None and max_length > most:
         raise DataError(f"--max-length {max_length}: {model} takes {most} tokens at most.")
     saved = tokenizer.init_kwargs.get("max_length")
-    length = max_length or min(saved or rows.task.max_length, most)
+    length = max_length
+    if length is None:
+        length = min(saved or rows.task.max_length, most)
     rows = replace(rows, train=rows.train.select(range(1)))  # not read
     return Scores(
         scores=evaluate(fine_tuned, tokenize(rows, tokenizer, length), tokenizer),

@@ -177,7 +177,7 @@ class _Pretraining:
             raise DataError(
                 f"max_length={settings.max_length}: {settings.model} takes {most} tokens at most."
             )
-        length = settings.max_length or min(128, most)
+        length = min(128, most) if settings.max_length is None else settings.max_length
         if settings.sentences:
             stage = sentence_stage(max_length=length)
         else:

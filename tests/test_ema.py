@@ -265,6 +265,19 @@ def test_objective_losses_are_those_of_the_average(tiny_bert, rows, tokenizer, t
     assert student.classifier.bias.mean() > 4
 
 
+def test_predictions_inside_a_run_are_those_of_the_average(tiny_bert, rows, tmp_path):
+    student = model_of(tiny_bert)
+    trainer = a_trainer(tmp_path, student, rows, ema=0.9)
+    one = rows.train.select([0])
+    before = trainer.predict(one).predictions
+    trainer._average.on_train_begin(None, trainer.state, None)
+    with torch.no_grad():
+        student.classifier.bias += 5
+    inside = trainer.predict(one).predictions
+    assert inside == pytest.approx(before, abs=1e-6)
+    assert student.classifier.bias.mean() > 4
+
+
 @pytest.mark.parametrize("ema", [0, 1, 1.5, "0.9"])
 def test_what_is_no_decay(ema, tmp_path):
     with pytest.raises(DistillError, match=r"Stage\('task'\): ema=.*expected a share in \(0, 1\)"):

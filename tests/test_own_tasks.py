@@ -62,10 +62,13 @@ def test_whether_numbers_are_scores(tmp_path):
     assert classes(whole) == ("1", "3", "5")
     assert classes(pointed) is None
     assert classes(whole, head=score) is None
-    assert classes(pointed, head=three) == ("0.0", "1.0", "2.0")
+    assert classes(pointed, head=three) == ("0", "1", "2")
     assert classes(words, head=score) == ("x", "y", "z")  # and the head does not suit
     assert classes(whole, head=three, regression=True) is None
-    assert classes(pointed, head=score, regression=False) == ("0.0", "1.0", "2.0")
+    assert classes(pointed, head=score, regression=False) == ("0", "1", "2")
+    (tmp_path / "pointed" / "dev.jsonl").write_text('{"text": "d", "label": 2}\n')
+    found = open_data(pointed, regression=False).validation["validation"]
+    assert found["label"][:] == [2]
     with pytest.raises(DataError, match=r"--regression and --classes are for a folder"):
         open_data("sst2", regression=True)
     with pytest.raises(DataError, match=r"unknown label 7 .*or scores \(regression=True"):

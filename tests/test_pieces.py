@@ -67,6 +67,11 @@ def test_lengths_that_do_not_divide_are_refused(pieces):
         Stage(name="x", objective=FFN, learning_rate=1e-3, epochs=1, max_length=32, pieces=pieces)
 
 
+def test_blocks_of_another_length_are_no_whole_pieces(tokenizer):
+    with pytest.raises(DistillError, match="blocks of 4 tokens are not whole pieces of 8"):
+        Pieces(list, (8,), tokenizer)([{"input_ids": [10, 11, 12, 13]}] * 2)
+
+
 def test_task_rows_are_not_cut(tiny_bert, tiny_task, tokenizer, tmp_path):
     from transformers import AutoModelForSequenceClassification
 

@@ -102,6 +102,8 @@ def test_kroneckerbert_is_the_papers():
 )
 def test_kroneckerbert_rates(factor, task, rate):
     assert kroneckerbert(factor, task=task).stage("task").learning_rate == rate
+    spelt = f"{task[:-1]}-{task[-1]}".upper() if task else None
+    assert kroneckerbert(factor, task=spelt) == kroneckerbert(factor, task=task)
 
 
 def test_kronbert_has_no_score_term_and_no_softmax_of_one_number():
@@ -110,10 +112,10 @@ def test_kronbert_has_no_score_term_and_no_softmax_of_one_number():
     assert [t.tap for t in first.objective.terms] == ["embedding", "ffn"]
     assert [(t.tap, t.loss) for t in task.objective.terms[2:]] == [("logits", "kl")]
     assert first.learning_rate > task.learning_rate
-    for made in (kronbert(task="STSB"), kronbert(task="my scores", regression=True)):
+    for made in (kronbert(task="STS-B"), kronbert(task="my scores", regression=True)):
         assert made.stage("task").objective.terms[2].loss == "mse"
     assert kronbert(mlm=True).stage("general").objective.label_tap == "mlm"
-    large, small = (kronbert(task=name).stage("intermediate") for name in ("SST2", "mrpc"))
+    large, small = (kronbert(task=name).stage("intermediate") for name in ("SST-2", "mrpc"))
     assert (large.epochs, large.batch_size) == (1, 64)
     assert (small.epochs, small.batch_size) == (2, 32)
 

@@ -223,6 +223,19 @@ def test_every_token_has_its_own_states(tiny_bert, rows, tokenizer, tmp_path):
         assert torch.allclose(states.of([place]).float(), expected, atol=4e-3)
 
 
+def test_padding_of_the_rows_has_no_states(tiny_bert, rows, tokenizer, tmp_path):
+    """Rows that were padded when they were tokenised have the states of those that were not."""
+    train = rows.train.select(range(9))
+    longest = max(map(len, train["input_ids"]))
+    padded = train.map(lambda row: tokenizer.pad(row, padding="max_length", max_length=longest))
+    teacher, found = a_teacher(tiny_bert), []
+    for given in (train, padded):
+        _, states = with_teacher(given, teacher, tmp_path, tokenizer=tokenizer, layers=(0, 1))
+        found.append(states.of(range(9)).float())
+    assert {len(ids) for ids in padded["input_ids"]} == {longest}
+    torch.testing.assert_close(*found, atol=4e-3, rtol=0)
+
+
 def test_a_collator_puts_states_where_their_tokens_are(tiny_bert, rows, tokenizer, tmp_path):
     taught, states = with_teacher(
         rows.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer, layers=(0, 1)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from kronbert.distill import Objective, Term
 from kronbert.errors import DistillError
-from tests.small_trainer import LOGITS, TASK, a_dataset, a_model, a_trainer
+from tests.small_trainer import LOGITS, TASK, a_dataset, a_model, a_trainer, collate
 
 
 def a_tokenizer(lower: bool) -> transformers.PreTrainedTokenizerFast:
@@ -65,6 +65,10 @@ SEVERAL = {"problem_type": "multi_label_classification"}
         (TASK, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the labels term"),
         (TASK, {"torch_compile": True}, "torch_compile=True: the taps are forward hooks"),
         (TASK, {"compute_loss_func": print}, "DistillTrainer's loss is its objective"),
+        (KL, {"model": (1, {"return_dict": False})}, "student's config.return_dict is False"),
+        (KL, {"teacher": (2, {"return_dict": False})}, "teacher's config.return_dict is False"),
+        (LOGITS, {"ema": 0.9, "save_strategy": "best"}, "ema with save_strategy='best'"),
+        (LOGITS, {"dropout": 1.5}, r"dropout=1.5: expected a probability in \[0, 1\)"),
         (TASK, {"model_init": print}, "needs model=, not model_init="),
         (
             TASK,
@@ -126,6 +130,37 @@ def test_a_mask_of_pairs_of_tokens(tmp_path):
         DistillError, match=r"attention_mask \(2, 5, 5\): expected \(batch, tokens\)"
     ):
         a_trainer(tmp_path, KL).objective_losses([batch])
+
+
+@pytest.mark.parametrize("key", ["muon_rate", "ema"])
+def test_sharding_that_accelerate_was_asked_for(key, tmp_path, monkeypatch):
+    """The environment of ``accelerate launch``, which the arguments know nothing of."""
+    made = transformers.Trainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        made(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(DistillError, match=f"{key} with fsdp or deepspeed: they share"):
+        a_trainer(tmp_path, LOGITS, **{key: 0.5})
+
+
+@pytest.mark.parametrize("tap", ["sentence", "scores"])
+def test_kept_logits_stand_for_no_other_tap(tap, tmp_path):
+    """Rows that bring the teacher's logits: for what else is read, the teacher is run."""
+    rows = [row | {"teacher_logits": [0.3, -0.2]} for row in a_dataset(16)]
+
+    def with_logits(given):
+        logits = torch.tensor([row["teacher_logits"] for row in given])
+        return collate(given) | {"teacher_logits": logits}
+
+    both = Objective(terms=(Term(tap=tap), Term(tap="logits")))
+    losses = []
+    for batch in (collate(rows), with_logits(rows)):
+        trainer = a_trainer(tmp_path, both, model=a_model(1), teacher=a_model(2))
+        losses.append(trainer.objective_losses([batch])[tap])
+    assert losses[0] == losses[1] > 0
 
 
 def test_a_head_of_another_kind(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.recipes import Recipe
 from kronbert.distill.stages import Stage
+from kronbert.distill.tasks import plain_name
 from kronbert.errors import DistillError
 
 LARGE = ("sst2", "qnli", "qqp", "mnli")
@@ -91,7 +92,7 @@ def is_large(task: str | None, tokens: int | None) -> bool:
     """Whether a training set is: by its ``tokens``; None: by what GLUE's of that name has."""
     if tokens is not None:
         return tokens >= ENOUGH
-    return task is not None and task.lower() in LARGE
+    return task is not None and plain_name(task) in LARGE
 
 
 def tokens_wanted(task: str | None = None, tokens: int | None = None) -> int:
@@ -118,7 +119,7 @@ def task_stages(
     unit."""
     if spread is not None and not spread > 0:
         raise DistillError(f"task_stages(spread={spread}): expected a variance > 0.")
-    word, large = task.lower() if task else "", is_large(task, tokens)
+    word, large = plain_name(task) if task else "", is_large(task, tokens)
     known = word in REGRESSION if regression is None else regression
     hidden = (Term(tap="embedding"), Term(tap="ffn"))
     weight = float(f"{SPREAD / spread:.3g}") if known and spread is not None else 1.0

@@ -7,6 +7,7 @@ from math import log
 from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.recipes import Recipe
 from kronbert.distill.stages import Stage
+from kronbert.distill.tasks import plain_name
 from kronbert.errors import DistillError, near
 
 # Compression of each preset: KroneckerBERT Table 1; k19 is the first arXiv version's abstract.
@@ -51,7 +52,7 @@ def kroneckerbert(
     """
     factor = _factor(factor_or_preset)
     like = min(_RATES, key=lambda name: abs(log(FACTORS[name] / factor)))
-    word = task.lower() if task else ""
+    word = plain_name(task) if task else ""
     general = Stage(
         name="general",
         objective=general_objective(mlm=mlm),
