@@ -6,13 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from .cli_calibrate import calibrate
 from .cli_options import (
     DataDir,
     Factor,
@@ -64,6 +63,8 @@ def plan(
     from .job_models import open_model, open_pretrained
 
     if save is not None:
+        if save.is_dir():
+            raise PlanError(f"--save {save}: is a folder. Name a file in it.")
         writable(save.parent)
     source = open_model(model) if weights else open_pretrained(AutoConfig, model)
     made = kronbert.plan(source, factor=factor, preset=preset, rules=parse_rules(rule), keep=keep)
@@ -88,6 +89,7 @@ def convert(
     import kronbert
 
     from .job_models import open_model
+    from .sentence_files import copy_pooling
 
     made = read_plan(from_plan) if from_plan is not None else None
     if output.is_dir() and Path(model).is_dir() and output.samefile(model):
@@ -104,6 +106,7 @@ def convert(
     out.print(student.kronecker_plan)
     student.save_pretrained(output)
     copy_tokenizer(model, output)
+    copy_pooling(model, output)
     out.print(f"wrote {output}")
 
 
@@ -228,6 +231,7 @@ def report(
         Path | None, typer.Option(help="folder for report.md, .json, picture")
     ] = None,
     latency: Annotated[bool, typer.Option(help="time both models")] = True,
+    sequence_length: Annotated[int, typer.Option(min=1, help="tokens of a timed row")] = 128,
 ) -> None:
     """Parameters, bytes, FLOPs, latency and error per layer of a saved student."""
     import kronbert
@@ -239,7 +243,10 @@ def report(
         kronbert.Report.check_folder(output)
 
     made = kronbert.report(
-        open_model(student), open_model(teacher) if teacher else None, latency=latency
+        open_model(student),
+        open_model(teacher) if teacher else None,
+        latency=latency,
+        sequence_length=sequence_length,
     )
     out.print(made)
     if output is not None:
@@ -270,41 +277,6 @@ def bench(
 
 
 @app.command()
-def calibrate(
-    output: Annotated[
-        Path | None, typer.Option(help="file; default: where every later process looks for it")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="torch's; default: those of this process")
-    ] = None,
-) -> None:
-    """Measure this machine's products, so that layers on its CPU run in their fastest form."""
-    import torch
-
-    from .cpu_calibrate import cache_file, machine
-    from .cpu_calibrate import calibrate as measure
-
-    if output is not None and output.is_dir():
-        raise PlanError(f"--output {output}: is a folder. Name a file in it.")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads or before)
-        path = output or cache_file()
-        writable(path.parent)
-        out.print("measuring; let nothing else run for about half a minute")
-        start = perf_counter()
-        measure(path)
-        seconds, on = perf_counter() - start, machine()
-    finally:
-        torch.set_num_threads(before)
-    out.print(f"wrote {path} in {seconds:.1f} s")
-    out.print(
-        f"for {on['cpu']} ({on['instructions']}), {on['threads']} threads, torch {on['torch']}"
-    )
-    out.print(chosen_forms(path))
-
-
-@app.command()
 def demo(
     output: str = "kronbert-demo",
     data_dir: DataDir = None,
@@ -317,6 +289,7 @@ def demo(
     finish(run_demo(output, data_dir, factor, seed, out.print), output)
 
 
+app.command("calibrate")(calibrate)
 app.command("pretrain-student")(pretrain_student)
 app.command("students")(students)
 
@@ -331,29 +304,6 @@ def finish(content: dict[str, Any], output: str) -> None:
     )
 
 
-def chosen_forms(times: Path, rows: int = 128) -> Table:
-    """What these times choose for the papers' layers of BERT-base."""
-    from .cpu_cost import load_tables
-    from .presets import PRESETS
-
-    found: dict[tuple[str, Any], list[str]] = {}
-    for name, preset in PRESETS.items():
-        for part, small, size in (
-            ("attention", preset.attention, (768, 768)),
-            ("expand", preset.expand, (3072, 768)),
-            ("contract", preset.contract, (768, 3072)),
-        ):
-            found.setdefault((part, small.shape(*size, name)), []).append(name)
-    tables = load_tables(times)
-    table = Table(title=f"chosen for BERT-base's layers at {rows} rows")
-    for column in ("preset", "layer", "shape", *tables):
-        table.add_column(column)
-    for (part, shape), names in found.items():
-        forms = [str(costs.choose((shape,), rows)[0]) for costs in tables.values()]
-        table.add_row(", ".join(names), part, str(shape), *forms)
-    return table
-
-
 def read_plan(file: Path) -> Any:
     import kronbert
 
@@ -361,7 +311,7 @@ def read_plan(file: Path) -> Any:
         return kronbert.Plan.from_json(json.loads(file.read_text()))
     except KronbertError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(
             f"--plan {file}: cannot be read ({error}). Expected what `kronbert plan --save` wrote."
         ) from error

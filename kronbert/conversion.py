@@ -18,7 +18,7 @@ from .embedding import KroneckerEmbedding
 from .errors import PlanError, ShapeError, expect_model
 from .fusion import unfuse
 from .head import KroneckerLMHead
-from .inventory import inventory, swap
+from .inventory import inventory, roots_of, swap
 from .linear import KroneckerLinear
 from .planning import Inventory, Plan, PlannedLayer, make_plan
 from .shapes import check_groups
@@ -190,14 +190,7 @@ def _saved(model: nn.Module) -> dict[str, Any]:
     """What transformers saves, with a config that can hold a plan: name in ``model`` -> model.
 
     The model itself, or those that a wrapper holds (SentenceTransformer, one's own)."""
-    from transformers import PreTrainedModel
-
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, PreTrainedModel) and not inside:
-            found[name] = module
-    return found
+    return {root: model.get_submodule(root) for root in roots_of(model)}
 
 
 def _stored(model: nn.Module, plan: Plan) -> dict[str, Any]:
@@ -274,6 +267,8 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_plan(plan: Plan, sizes: Inventory) -> None:
+    if not plan.converted:
+        raise PlanError("convert(plan=...): no layer of the plan would be converted. Edit it.")
     known = {layer.name: layer for layer in sizes.layers}
     converted = {layer.size.name for layer in plan.converted}
     for layer in plan.layers:

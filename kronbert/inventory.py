@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError
@@ -42,6 +42,7 @@ def inventory(model_or_config: Any) -> Inventory:
         )
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     modules = {name: m for name, m in model.named_modules() if _kind(name, m) is not None}
+    roots = roots_of(model)
     weights: dict[str, torch.Tensor] = {name: m.weight for name, m in modules.items()}
     tables = {id(weights[name]): name for name, m in modules.items() if type(m) is nn.Embedding}
     # A table may have heads; any other sharing ties two layers that would go separate ways.
@@ -81,7 +82,7 @@ def inventory(model_or_config: Any) -> Inventory:
             LayerSize(
                 name=name,
                 kind=kind,
-                group=group_of(name, kind),
+                group=group_of(inner_name(name, roots), kind),
                 out=out,
                 inner=inner,
                 tied_to=tied,
@@ -133,6 +134,22 @@ def _kind(name: str, module: nn.Module) -> Kind | None:
     if type(module) is nn.Embedding:
         return "position" if "position" in name or name.endswith("wpe") else "embedding"
     return None
+
+
+def roots_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the models of transformers that a module is or holds, as "0.auto_model"."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(root == "" or name.startswith(f"{root}.") for root in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found.append(name)
+    return tuple(found)
+
+
+def inner_name(name: str, roots: Iterable[str]) -> str:
+    """A layer's name in the model of transformers that holds it: a wrapper's numbers count none."""
+    outer = next((f"{root}." for root in roots if root and name.startswith(f"{root}.")), "")
+    return name.removeprefix(outer)
 
 
 def group_of(name: str, kind: Kind) -> Group:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, DistillError, KronbertError
+from .shipped import find_shipped
 
 
 def open_pretrained(auto: Any, name: str, **kwargs: Any) -> Any:
@@ -68,29 +69,35 @@ def model_name(name: str) -> str:
 
 
 def open_model(name: str) -> Any:
-    """A model with the class that saved it."""
+    """A model with the class that saved it; a student of `kronbert.list_students` by its name.
+    `DistillError` where a weight is missing from the checkpoint."""
     import transformers
 
+    name = str(find_shipped(name) or name)
     config = open_pretrained(transformers.AutoConfig, name)
     saved_as = (config.architectures or ["AutoModel"])[0]
-    return open_pretrained(getattr(transformers, saved_as, transformers.AutoModel), name)
+    return _open_whole(getattr(transformers, saved_as, transformers.AutoModel), name)
 
 
 def open_encoder(name: str, *, masked: bool = False) -> Any:
     """The encoder without a task's head, in float32: with its masked-LM head, or with the pooler it
     was saved with, if any. `DistillError` where a weight is missing from the checkpoint."""
-    import inspect
-
     import torch
     from transformers import AutoModel, AutoModelForMaskedLM
 
     auto: Any = AutoModelForMaskedLM if masked else AutoModel
+    return _open_whole(auto, name, dtype=torch.float32)
+
+
+def _open_whole(auto: Any, name: str, **how: Any) -> Any:
+    import inspect
+
     with quiet():
-        model, loaded = open_pretrained(auto, name, output_loading_info=True, dtype=torch.float32)
+        model, loaded = open_pretrained(auto, name, output_loading_info=True, **how)
         missing = sorted(loaded["missing_keys"])
         bare = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
         if missing and bare and all("pooler." in key for key in missing):
-            return open_pretrained(auto, name, add_pooling_layer=False, dtype=torch.float32)
+            return open_pretrained(auto, name, add_pooling_layer=False, **how)
     _refuse_random(f"{name}:", missing, "Give a complete checkpoint.")
     return model
 

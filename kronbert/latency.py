@@ -149,8 +149,8 @@ def random_inputs(
     random = torch.Generator().manual_seed(seed)
     name, model = next(iter(models.items()))
     wanted = getattr(model, "main_input_name", None)
-    if wanted == "input_ids":
-        configs = [getattr(one, "config", None) for one in models.values()]
+    configs: list[Any] = [one.config for one in models.values() if hasattr(one, "config")]
+    if wanted == "input_ids" and all(hasattr(one, "vocab_size") for one in configs):
         known = [getattr(config, "max_position_embeddings", None) for config in configs]
         longest = min((length for length in known if length and length > 0), default=None)
         if longest is not None and sequence_length > longest:
@@ -158,7 +158,7 @@ def random_inputs(
                 f"sequence_length={sequence_length}: the models have {longest} positions. Pass "
                 f"sequence_length={longest} or less."
             )
-        entries = min(config.vocab_size for config in configs if config is not None)
+        entries = min(config.vocab_size for config in configs)
         ids = torch.randint(entries, (batch_size, sequence_length), generator=random)
         masked = "attention_mask" in inspect.signature(model.forward).parameters
         return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
@@ -170,7 +170,7 @@ def random_inputs(
         return {"pixel_values": torch.randn(batch_size, channels, *size, generator=random)}
     raise ReportError(
         f"the {name}, a {type(model).__name__}, takes {wanted or 'inputs of unknown names'}: only "
-        "input_ids and pixel_values are made up here. Pass one example as "
+        "input_ids of a known vocabulary and pixel_values are made up here. Pass one example as "
         f"inputs={{{wanted or 'name'!r}: tensor (1, ...)}}, or latency=False."
     )
 

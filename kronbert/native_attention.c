@@ -82,6 +82,8 @@ INLINE float softmax(float *scores, const float *mask, int tokens, int padded) {
   }
   float most = largest(top);
   if (most == -INFINITY) {
+    for (int j = 0; j < tokens; j++)
+      if (scores[j] != scores[j]) return scores[j]; /* NaN is larger than nothing */
     memset(scores, 0, sizeof(float) * padded);
     return 0;
   }

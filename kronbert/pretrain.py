@@ -23,6 +23,7 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
+from .sentence_files import copy_pooling
 from .shipped import find_shipped
 from .student_card import student_card, student_report
 
@@ -282,6 +283,7 @@ class _Pretraining:
         check_finite(student, "the student", "Try a lower --learning-rate in another --output.")
         how = {"state_dict": half_weights(student)} if settings.half else {}
         folder.save_model(student, self.tokenizer, "student", **how)
+        copy_pooling(settings.model, folder.path / "student")
         return {
             "asked": self._asked(),
             "before": self._before(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import check_schema
 from .errors import ReportError
-from .inventory import group_of, inventory
+from .inventory import group_of, inner_name, inventory, roots_of
 from .latency import (
     Timing,
     compare_models,
@@ -257,12 +257,13 @@ def linear_flops(model: nn.Module, sequence_length: int = 128) -> int:
 
     Counts as `Plan.linear_flops` does, of the plan that made ``model``, dense or converted."""
     layers = [PlannedLayer(size=size) for size in inventory(model).layers]
+    roots = roots_of(model)
     for name, module in model.named_modules():
         if isinstance(module, KroneckerLinear):
             size = LayerSize(
                 name=name,
                 kind="linear",
-                group=group_of(name, "linear"),
+                group=group_of(inner_name(name, roots), "linear"),
                 out=module.out_features,
                 inner=module.in_features,
             )

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 from typer.testing import CliRunner
 
 import kronbert
 from kronbert import cli
+from kronbert.job_models import open_model
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("plan", "convert", "compress", "evaluate", "report", "bench", "calibrate", "demo",
@@ -217,6 +218,9 @@ def test_report(teacher, student, tmp_path):
     assert (tmp_path / "r" / "report.md").is_file()
     run("report", student, "--no-latency", "--output", tmp_path / "r")  # its own is replaced
     assert "parameters" in run("report", student, "--no-latency")
+    assert "MFLOP per 16 tokens" in run("report", student, "--no-latency", "--sequence-length", 16)
+    shipped = kronbert.load("kronbert/minilm-x8").num_parameters()
+    assert f"{shipped:,}" in run("report", "kronbert/minilm-x8", "--no-latency")
 
 
 def test_bench(teacher):
@@ -237,6 +241,40 @@ def test_compress(tiny_bert, tiny_task, tmp_path):
     assert "64 of 256 train rows" in content["data"]
 
 
+def odd_plan(teacher):
+    """A plan whose first layer has a number where its shapes are."""
+    content = kronbert.plan(open_model(str(teacher)), factor=3, errors=False).to_json()
+    content["layers"][0]["groups"] = 5
+    return json.dumps(content)
+
+
+def test_the_pooling_of_a_sentence_encoder_is_kept(tiny_bert, tmp_path):
+    parts = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    from sentence_transformers import SentenceTransformer
+
+    pooled = [parts.Pooling(32, pooling_mode="cls"), parts.Normalize()]
+    model = SentenceTransformer(modules=[parts.Transformer(str(tiny_bert)), *pooled], device="cpu")
+    model.save_pretrained(str(tmp_path / "model"))
+    run("convert", tmp_path / "model", "--output", tmp_path / "x", "--rule",
+        "re:.*query=rank:31")  # fmt: skip
+    student = SentenceTransformer(str(tmp_path / "x"), device="cpu")
+    said = ["a good film", "the soup was bad"]
+    expected, found = (one.encode(said, convert_to_tensor=True) for one in (model, student))
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
+def test_weights_that_are_not_there_are_not_made_up(teacher, tmp_path, capsys, monkeypatch):
+    bare = BertModel.from_pretrained(teacher, add_pooling_layer=False)
+    bare.save_pretrained(tmp_path / "bare")
+    assert open_model(str(tmp_path / "bare")).num_parameters() == bare.num_parameters()
+    bare.config.architectures = ["BertForMaskedLM"]
+    bare.config.save_pretrained(tmp_path / "bare")
+    said = fails(capsys, monkeypatch, "convert", tmp_path / "bare", "--factor", 2, "--output",
+                 tmp_path / "x")  # fmt: skip
+    assert "Give a complete checkpoint" in said
+    assert not (tmp_path / "x" / "config.json").exists()
+
+
 def test_errors_are_one_message(teacher, student, tiny_task, tmp_path, capsys, monkeypatch):
     def said(*words):
         return fails(capsys, monkeypatch, *words)
@@ -251,6 +289,11 @@ def test_errors_are_one_message(teacher, student, tiny_task, tmp_path, capsys, m
     )
     assert "cannot be written" in said(
         "plan", teacher, "--factor", 2, "--save", tmp_path / "file" / "plan.json"
+    )
+    assert "is a folder" in said("plan", teacher, "--factor", 2, "--save", tmp_path)
+    (tmp_path / "odd.json").write_text(odd_plan(teacher))
+    assert "kronbert plan --save" in said(
+        "convert", teacher, "--output", tmp_path / "x", "--plan", tmp_path / "odd.json"
     )
     plans = ("convert", teacher, "--output", tmp_path / "x", "--plan")
     assert "kronbert plan --save" in said(*plans, tmp_path / "file")

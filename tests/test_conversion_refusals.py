@@ -134,6 +134,9 @@ def test_a_plan_of_another_model_is_refused():
         kronbert.convert(model, plan=untied)
     with pytest.raises(PlanError, match="the plan fixes every shape; give it alone"):
         kronbert.convert(classifier(), 4, plan=plan)
+    nothing = plan.edit({layer.size.name: "dense" for layer in plan.converted})
+    with pytest.raises(PlanError, match="no layer of the plan would be converted"):
+        kronbert.convert(model, plan=nothing)
 
 
 def test_a_plan_made_from_a_config_counts_the_model_it_meets():

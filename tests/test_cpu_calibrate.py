@@ -10,7 +10,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kronbert import CheckpointError, KroneckerLinear, KroneckerShape, PlanError, cli, cpu, native
+from kronbert import (
+    CheckpointError,
+    KroneckerLinear,
+    KroneckerShape,
+    PlanError,
+    cli,
+    cli_calibrate,
+    cpu,
+    native,
+)
 from kronbert import cpu_calibrate as calibration
 from kronbert.cpu_cost import PRIMITIVES, CostTable, load_tables, shipped_tables
 from kronbert.forms import DENSE
@@ -38,7 +47,7 @@ def cache(tmp_path, monkeypatch):
         monkeypatch.setattr(calibration, name, grid)
     monkeypatch.setattr(calibration, "SAMPLES", 1)
     monkeypatch.setattr(calibration, "SAMPLE_S", 1e-6)
-    monkeypatch.setattr(cli.out, "_width", 200)
+    monkeypatch.setattr(cli_calibrate.out, "_width", 200)
     forget_tables()
     yield folder
     forget_tables()

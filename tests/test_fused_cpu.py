@@ -247,3 +247,15 @@ def test_training_then_evaluation(name, kernels):
                 outputs.append(seen_rows(model(**given).last_hidden_state, given))
         torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(outputs[0], seen_rows(y.detach(), given), atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_number_stays_no_number(training):
+    """What diverged shows, in scores too: NaN is no key that is masked."""
+    student = a_model("bert", 48, 3, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+    with torch.no_grad():
+        next(student.encoder.layer[1].attention.self.query.parameters()).fill_(torch.nan)
+    ids = torch.arange(24).reshape(2, 12)
+    fuse(student.train(training))
+    with torch.set_grad_enabled(training):
+        assert student(ids)[0].isnan().all()

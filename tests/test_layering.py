@@ -129,7 +129,7 @@ TABLE = {
     ),
     # The main job: the only place that knows both the library and its distillation.
     "job_folder": Row("errors", outside="filelock"),
-    "job_models": Row("errors", outside_lazily="safetensors torch transformers"),
+    "job_models": Row("errors shipped", outside_lazily="safetensors torch transformers"),
     "job_report": Row(
         "errors pictures reporting weight_errors job_folder job_models",
         lazily="distill.*",
@@ -161,8 +161,9 @@ TABLE = {
         outside_lazily="transformers",
     ),
     "student_card": Row("job_models", lazily="__init__", outside_lazily="torch transformers"),
+    "sentence_files": Row(outside_lazily="huggingface_hub"),
     "pretrain": Row(
-        "errors job_folder job_models shipped student_card",
+        "errors job_folder job_models sentence_files shipped student_card",
         lazily="checkpoint conversion distill.* job_begin job_start pictures",
         outside_lazily="torch transformers",
     ),
@@ -173,12 +174,18 @@ TABLE = {
     "bench_checks": Row("shapes presets reference functional blocks", outside="torch"),
     "bench_gpu": Row("__init__ latency bench_results bench_models bench_checks", outside="torch"),
     "cli_options": Row("errors", lazily="__init__", outside="typer"),
+    "cli_calibrate": Row(
+        "errors job_folder",
+        lazily="cpu_calibrate cpu_cost presets",
+        outside="rich typer",
+        outside_lazily="torch",
+    ),
     "cli_students": Row("cli_options", lazily="pretrain shipped", outside="rich typer"),
     "cli": Row(
-        "__init__ errors job_folder cli_options cli_students",
-        lazily="__init__ planning presets cpu_cost cpu_calibrate job job_models job_scores demo",
+        "__init__ errors job_folder cli_calibrate cli_options cli_students",
+        lazily="__init__ planning presets job job_models job_scores demo sentence_files",
         outside="rich typer",
-        outside_lazily="torch transformers",
+        outside_lazily="transformers",
     ),
     "__main__": Row("cli"),
 }

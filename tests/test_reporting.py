@@ -3,6 +3,7 @@
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -311,6 +312,10 @@ def test_other_inputs_are_given_as_one_example():
     model = Odd()
     with pytest.raises(ReportError, match=r"the student, a Odd, takes inputs of unknown.*inputs="):
         report(model)
+    model.main_input_name, model.config = "input_ids", SimpleNamespace()  # of several models, say
+    with pytest.raises(ReportError, match="input_ids of a known vocabulary"):
+        report(model)
+    del model.main_input_name, model.config
     with pytest.raises(ReportError, match=r"'sound' has shape \(2, 6\), expected one example"):
         report(model, inputs={"sound": torch.zeros(2, 6)})
     with pytest.raises(ReportError, match=r"cannot run on sound \(1, 5\).*Pass an example"):

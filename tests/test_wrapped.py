@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 
 import kronbert
-from tests.small_berts import IDS, SMALL
+from tests.small_berts import IDS, SMALL, classifier
 
 
 class Wrapper(nn.Module):
@@ -37,6 +37,21 @@ def test_an_inner_model_saves_its_own_layers(tmp_path):
     torch.testing.assert_close(
         dense(IDS).last_hidden_state, again(IDS).last_hidden_state, atol=1e-5, rtol=1e-4
     )
+
+
+def test_a_wrapper_changes_no_plan():
+    """Its numbers are no layer's: the pooler stays "other", which presets leave dense."""
+    model = classifier()
+    plain, wrapped = (
+        kronbert.plan(one, preset="k21", errors=False)
+        for one in (model, torch.nn.Sequential(model))
+    )
+    assert [(one.size.group, one.groups) for one in wrapped.layers] == [
+        (one.size.group, one.groups) for one in plain.layers
+    ]
+    assert wrapped.linear_flops() == plain.linear_flops()
+    student = kronbert.convert(torch.nn.Sequential(model), preset="k21")
+    assert kronbert.report(student, latency=False).student.linear_flops == plain.linear_flops()
 
 
 def test_a_sentence_transformer_is_saved_by_itself(tiny_bert, tmp_path):
