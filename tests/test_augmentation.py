@@ -6,12 +6,19 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import MaskedLMOutput
 
 import kronbert
-from kronbert.distill import augment, load_task
+from kronbert.distill import augment, load_task, word_candidates
 from kronbert.distill.data import TaskData
 from kronbert.distill.tasks import Task
 from kronbert.distill.word_candidates import Neighbours, Vocabulary
@@ -84,6 +91,37 @@ def test_several_pieces_are_their_mean(tokenizer, table):
     tilted[pieces[1]] = torch.tensor([-1.0, 0, 0, 0, 0, 1])  # unit(good) + this: off the circle
     tilted[tokenizer.get_vocab()["soup"]] = torch.tensor([0, 0, 0, 0, 0, 1.0])
     assert Neighbours(Vocabulary(tokenizer), tilted, 1).find(["goods"])["goods"] == ["soup"]
+
+
+def test_a_row_of_zeros_is_nobody_s_neighbour(tokenizer, table):
+    table = table.clone()
+    table[tokenizer.get_vocab()["soup"]] = 0
+    near = Neighbours(Vocabulary(tokenizer), table, 2)
+    assert near.find(["good", "dull"]) == {"good": ["fine", "bright"], "dull": ["poor", "bad"]}
+
+
+def cased():
+    """A tokenizer whose words differ in case."""
+    words = ["[PAD]", "[UNK]", "[MASK]", "good", "Good", "GOOD", "fine", "kind", "warm"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]"
+    )
+
+
+def test_the_word_in_another_case_is_none_of_its_neighbours():
+    tokenizer = cased()
+    table = torch.tensor([[0.0, 1]] * 3 + [[5.0, 0], [5, 0.1], [1, 9], [5, 1], [5, 2], [5, 3]])
+    near = Neighbours(Vocabulary(tokenizer), table, 2)
+    assert near.find(["good", "Good"]) == {"good": ["fine", "kind"], "Good": ["fine", "kind"]}
+
+
+def test_words_are_found_in_chunks(tokenizer, table, monkeypatch):
+    words = ["good", "dull", "zebra", "soup", "room", "goods", "film"]
+    whole = Neighbours(Vocabulary(tokenizer), table, 2).find(words)
+    monkeypatch.setattr(word_candidates, "WORDS_AT_ONCE", 2)
+    assert Neighbours(Vocabulary(tokenizer), table, 2).find(words) == whole
 
 
 # Rows

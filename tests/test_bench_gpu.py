@@ -14,6 +14,7 @@ from kronbert.bench_models import bert_base, inputs, saved_for_backward, trainin
 from kronbert.bench_results import TIME_IS_UP, Results, brief, current_commit, timed_row
 from kronbert.errors import ReportError
 from kronbert.latency import Timing, compare
+from kronbert.shapes import KroneckerShape
 
 SMALL = Sizes(
     device="cpu", layers=1, batch=2, sequence=8, width=96, entries=50, tokens=(6,),
@@ -100,6 +101,24 @@ def test_costs_by_hand():
     assert op.moved == 5 * 60 + 5 * 210 + 30 * 20 + 7 * 3 + 210
     op = CHECKS["embed_norm k21 5 rows"]  # 6 numbers of a per row, b 1x16, 96 wide
     assert op.moved == 5 * 96 + 5 * 6 + 16 + 64 * 96 + 2 * 96 + 2 * 96
+
+
+@pytest.mark.parametrize(
+    ("name", "written"), [("qkv k8", 3), ("add_norm odd", 2), ("linear_norm k8", 1), ("ffn k21", 1)]
+)
+def test_every_output_and_every_map_costs(name, written):
+    op = CHECKS[f"{name} 5 rows"]
+    width = 210 if "odd" in name else 96
+    assert op.moved == sum(t.numel() for t in op.tensors.values()) + written * 5 * width
+    maps = [key.removesuffix(".a0") for key in op.tensors if key.endswith(".a0")]
+    shapes = [(op.tensors[f"{one}.a0"].shape, op.tensors[f"{one}.b0"].shape) for one in maps]
+    flops = [KroneckerShape(*a[1:], *b[1:], a[0]).flops() for a, b in shapes]
+    assert op.flops == 5 * sum(flops)
+
+
+def test_more_rows_than_positions():
+    op = bench_checks.make("embed_norm", {"word": (KroneckerShape(50, 6, 1, 16),)}, 70, entries=50)
+    assert bench_checks.check(op, "cpu", torch.float32)["passed"]
 
 
 def test_a_row_of_the_embedding_is_the_definition():

@@ -1,75 +1,26 @@
-"""Fused blocks on the CPU's row kernels: their numbers, whom they leave alone, what they keep."""
+"""Fused blocks on the CPU's row kernels: their numbers, and whom they leave alone."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from kronbert import KroneckerLinear, KroneckerShape, ShapeError, blocks, cpu, cpu_blocks, native
-from kronbert.blocks import Linear, Norm
+from kronbert import KroneckerLinear, ShapeError, blocks, cpu_blocks, native
+from kronbert.blocks import Norm
+from kronbert.shapes import parse_groups
+from tests.small_blocks import (
+    Half,
+    a_norm,
+    assert_near,
+    exact,
+    exact_norm,
+    layer,
+    needs_kernels,
+    norm_of,
+    of,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_kept")
-KERNELS = native.library() is not None
-needs_kernels = pytest.mark.skipif(
-    not KERNELS, reason="no row kernels here: off Linux, no C compiler, or turned off"
-)
 INF = float("inf")
-BACK = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-
-
-def layer(shape, dtype=torch.float32, *, bias=True):
-    shape = KroneckerShape.parse(shape)
-    made = KroneckerLinear(shape.in_features, shape.out_features, shape, bias=bias, dtype=dtype)
-    if bias:
-        nn.init.normal_(made.bias)
-    return made
-
-
-def of(module):
-    """The module as blocks take it."""
-    return Linear(module.matrices("a"), module.matrices("b"), module.bias)
-
-
-def norm_of(module):
-    return Norm(module.weight, module.bias, module.eps)
-
-
-def exact(module, x):
-    bias = None if module.bias is None else module.bias.detach().double()
-    return F.linear(x.double(), module.weight.detach().double(), bias)
-
-
-def exact_norm(norm, x):
-    weight, bias = norm.weight.detach().double(), norm.bias.detach().double()
-    return F.layer_norm(x.double(), norm.normalized_shape, weight, bias, norm.eps)
-
-
-def assert_near(found, expected):
-    limit = BACK[found.dtype] * (1 + expected.abs().max())
-    assert (found.double() - expected).abs().max() <= limit
-
-
-def a_norm(width, dtype=torch.float32):
-    norm = nn.LayerNorm(width, dtype=dtype)
-    nn.init.normal_(norm.weight, 1.0, 0.3)
-    nn.init.normal_(norm.bias)
-    return norm
-
-
-class Half:
-    """Both maps of a feed-forward half and its norm: 48 wide, 192 inside in slices of 32."""
-
-    def __init__(self, dtype=torch.float32, **more):
-        self.expand = layer("6x3*32x16", dtype, **more)
-        self.contract = layer("3x6*16x32", dtype, **more)
-        self.norm = a_norm(48, dtype)
-
-    def ours(self, x):
-        return blocks.ffn_norm(x, of(self.expand), of(self.contract), norm_of(self.norm))
-
-    def exact(self, x):
-        hidden = F.gelu(exact(self.expand, x))
-        return exact_norm(self.norm, x.double() + exact(self.contract, hidden))
 
 
 # What runs, and its numbers.
@@ -88,13 +39,27 @@ def test_feed_forward_half(leading, dtype, kernels, ran):
 @torch.no_grad()
 def test_slices_that_do_not_meet(kernels, ran):
     """Maps cut the hidden layer unlike, into too many slices, or of narrow ones: one by one."""
-    pairs = ("6x3*32x16", "3x12*16x16"), ("6x3*8x16", "3x6*16x8"), ("4:6x3*32x16", "3x6*16x32")
+    pairs = [("6x3*32x16", "3x12*16x16"), ("6x3*8x16", "3x6*16x8")]
+    pairs += [("4:6x3*32x16", "3x6*16x32"), ("6x3*32x16", "4:3x6*16x32")]
     for up, down in pairs:
         expand, contract, x = layer(up), layer(down), torch.randn(5, 48)
         found = blocks.ffn(x, of(expand), of(contract))
         assert_near(found, exact(contract, F.gelu(exact(expand, x))))
     assert not ran["ffn_middle"]
-    assert ran["bias_gelu"] == (3 if kernels else 0)
+    assert ran["bias_gelu"] == (4 if kernels else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["expand", "contract"])
+def test_a_sum_of_products_is_not_joined(which, kernels, ran):
+    maps = {"expand": layer("6x3*32x16"), "contract": layer("3x6*16x32")}
+    inner, out = maps[which].in_features, maps[which].out_features
+    shape = maps[which].groups[0].spec
+    maps[which] = KroneckerLinear(inner, out, parse_groups(f"{shape} + {out}x1*1x{inner}"))
+    x = torch.randn(5, 48)
+    found = blocks.ffn(x, of(maps["expand"]), of(maps["contract"]))
+    assert_near(found, exact(maps["contract"], F.gelu(exact(maps["expand"], x))))
+    assert not ran["ffn_middle"]
 
 
 @torch.no_grad()
@@ -133,6 +98,22 @@ def test_missing_biases(biased, kernels):
     plain = Norm(norm.weight, None, norm.eps)
     expected = exact_norm(norm, x) - norm.bias.double()
     assert_near(blocks.residual_norm(x, None, plain), expected)
+
+
+@torch.no_grad()
+def test_a_residual_of_another_size_is_broadcast(kernels, ran):
+    norm, x = a_norm(48), torch.randn(6, 48)
+    for residual in (torch.randn(1, 48), torch.randn(2, 6, 48)):
+        expected = exact_norm(norm, x.double() + residual.double())
+        assert_near(blocks.residual_norm(x, residual, norm_of(norm)), expected)
+    assert not ran
+
+
+@torch.no_grad()
+def test_no_rows(kernels):
+    half = Half()
+    for shape in ((0, 48), (2, 0, 48)):
+        assert half.ours(torch.randn(shape)).shape == shape
 
 
 def attended(x, maps, heads, scale, mask):
@@ -225,16 +206,19 @@ def test_attention_that_is_not_taken():
     assert not taken(heads=6)  # heads of 8
     assert not taken(heads=5)
     assert not taken(x[0])
+    assert taken(torch.randn(1, cpu_blocks.TOKENS, 48))
     assert not taken(torch.randn(1, cpu_blocks.TOKENS + 1, 48))
     assert not taken(maps=[of(one) for one in three("3x6*8x8")])
     assert not taken(maps=[*maps[:2], of(layer("12x6*8x8"))])
     half = [of(one) for one in three(dtype=torch.bfloat16)]
     assert taken(x.bfloat16(), half)
+    assert taken(torch.randn(1, cpu_blocks.HALF_TOKENS, 48).bfloat16(), half)
     assert not taken(torch.randn(1, cpu_blocks.HALF_TOKENS + 1, 48).bfloat16(), half)
     assert not taken(x.double(), [of(one) for one in three(dtype=torch.float64)])
     for size in ((2, 3, 5, 5), (2, 5), (2, 1, 1, 6), (3, 1, 1, 5), (2, 1, 4, 5)):
         assert not taken(mask=torch.ones(size, dtype=torch.bool)), size
     assert not taken(mask=torch.zeros(2, 1, 1, 5).double())
+    assert taken(maps=[of(one) for one in three("16x6*8x8")], heads=1)  # the widest head
     wide = [of(one) for one in three("24x6*8x8")]
     assert not taken(maps=wide, heads=1)  # a head of 192
     with torch.enable_grad():
@@ -316,81 +300,3 @@ def test_parts_that_do_not_fit_are_refused(kernels):
         blocks.ffn_norm(x, meta, down, norm)
     wrong = (maps[0]._replace(bias=short), maps[1], maps[2])
     assert blocks.attention(x[None], *wrong, 3, 0.3) is None
-
-
-# What is kept of a feed-forward half follows every change.
-
-
-CHANGES = {
-    "optimizer": None,
-    "in place": lambda half: half.expand.b.mul_(1.5),
-    "part of the second": lambda half: half.contract.a[0, 1].add_(1),
-    "bias": lambda half: half.expand.bias.add_(1),
-    "data": lambda half: setattr(half.contract.b, "data", torch.randn_like(half.contract.b)),
-    "state dict": lambda half: half.expand.load_state_dict(layer("6x3*32x16").state_dict()),
-    "assigned": lambda half: half.contract.load_state_dict(
-        layer("3x6*16x32").state_dict(), assign=True
-    ),
-    "replaced": lambda half: setattr(half.expand, "a", nn.Parameter(torch.randn(1, 6, 3))),
-    "there and back": None,
-    "behind torch's back, then eval": None,
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_seen(change, kernels, ran):
-    half, x = Half(), torch.randn(9, 48)
-    with torch.no_grad():
-        before = half.ours(x)
-    for _ in range(2):
-        if change == "optimizer":
-            half.ours(x).square().sum().backward()
-            parameters = [*half.expand.parameters(), *half.contract.parameters()]
-            torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
-        else:
-            with torch.no_grad():
-                if change == "there and back":
-                    half.expand.b.mul_(1.5)
-                    half.expand.double().float()
-                elif change.startswith("behind"):
-                    half.expand.b.data.mul_(3)
-                    half.expand.eval()
-                else:
-                    CHANGES[change](half)
-        with torch.no_grad():
-            assert_near(half.ours(x), half.exact(x))
-            assert_near(half.ours(x), half.exact(x))
-    with torch.no_grad():
-        assert not torch.allclose(half.ours(x), before, atol=1e-2)
-    assert bool(ran["ffn_middle"]) == kernels
-
-
-@torch.no_grad()
-def test_to_another_dtype_and_back(kernels):
-    half, x = Half(), torch.randn(9, 48)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
-        for module in (half.expand, half.contract, half.norm):
-            module.to(dtype)
-        found = half.ours(x.to(dtype))
-        assert found.dtype == dtype
-        expected = half.exact(x.to(dtype))
-        assert (found.double() - expected).abs().max() <= BACK.get(dtype, 1e-10) * 10
-
-
-@needs_kernels
-@torch.no_grad()
-def test_what_is_kept_leaves_with_the_layer():
-    half, x = Half(), torch.randn(9, 48)
-    half.ours(x)
-    assert len(cpu._KEPT) == 1
-    del half
-    assert not cpu._KEPT
-
-
-@needs_kernels
-def test_a_row_too_wide_for_a_thread_s_stack_goes_the_plain_way(ran):
-    for width, calls in ((cpu_blocks.WIDEST, 1), (cpu_blocks.WIDEST + native.LANES, 1)):
-        norm, x = a_norm(width), torch.randn(2, width)
-        with torch.no_grad():
-            assert_near(blocks.residual_norm(x, None, norm_of(norm)), exact_norm(norm, x))
-        assert ran["add_norm"] == calls

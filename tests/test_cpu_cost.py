@@ -197,6 +197,25 @@ def test_fresh_matrices_are_paid_for():
     assert pick != DENSE
 
 
+def test_sums_in_training_pay_for_every_weight_and_every_addition():
+    def groups(*ranks):
+        return tuple(low_rank(100, 100, rank) for rank in ranks)
+
+    # At one row two weights are multiplied out for 22 us, as long as rank 36 takes.
+    assert table().choose(groups(20, 20), 1, fresh=True) == (LOW_RANK, LOW_RANK)
+    # An addition costs three times as much as in a forward pass: as rank 5 of three products.
+    slow_add = table(add=1e-2)
+    assert slow_add.choose(groups(18, 18), 1000, fresh=True) == (LOW_RANK, LOW_RANK)
+    assert slow_add.choose(groups(19, 18), 1000, fresh=True) == (DENSE,)
+
+
+def test_multiplying_a_weight_out_takes_longer_where_short_runs_are_moved():
+    for spec, ns in (("384x384*2x2", 5), ("384x48*2x16", 1.5), ("2x2*384x384", 1.02)):
+        shape = KroneckerShape.parse(spec)
+        us = 1e-3 * ns * shape.out_features * shape.in_features
+        assert cpu_cost._rebuilt_us(shape) == pytest.approx(us, rel=1e-2)
+
+
 def test_nothing_is_folded_in_training():
     only_products = table(mix=1e3, turn=1e3)
     shape = KroneckerShape(50, 2, 2, 50)

@@ -50,7 +50,8 @@ def test_a_regression_by_the_definition():
     found = fidelity(student, teacher)
     assert found["correlation"] == pytest.approx(pearsonr(student[:, 0], teacher[:, 0])[0])
     assert found["rmse"] == pytest.approx(float(np.sqrt(((student - teacher) ** 2).mean())))
-    assert fidelity(np.ones((5, 1)), logits(5, 1, 1))["correlation"] == 0.0
+    for pair in ((np.ones((5, 1)), logits(5, 1, 1)), (logits(5, 1, 1), np.ones((5, 1)))):
+        assert fidelity(*pair)["correlation"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,16 @@ def test_a_regression_by_the_definition():
         (logits(4, 3, 0), "shapes"),
         (logits(4, 2, 0)[0], "shapes"),
         (np.full((4, 2), np.nan), "NaN"),
+        (np.full((4, 2), np.inf), "NaN or infinity"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(student, said):
-    with pytest.raises(DistillError, match=said):
-        fidelity(student, logits(4, 2, 1))
+    for pair in ((student, logits(4, 2, 1)), (logits(4, 2, 1), student)):
+        with pytest.raises(DistillError, match=said):
+            fidelity(*pair)
+
+
+@pytest.mark.parametrize("given", [logits(4, 2, 0)[:, 0], logits(0, 2, 0)])
+def test_what_holds_no_rows_of_logits_is_refused(given):
+    with pytest.raises(DistillError, match="shapes"):
+        fidelity(given, given)

@@ -15,7 +15,14 @@ from kronbert import job_report, shipped
 from kronbert.errors import DistillError, PlanError
 from kronbert.job import CompressSettings, compress
 from kronbert.job_begin import ROWS, hidden_error, row_batches
-from kronbert.job_start import Start, describe_teacher, find_start, student_from
+from kronbert.job_start import (
+    Start,
+    compare_teacher,
+    describe_teacher,
+    find_start,
+    sample_entries,
+    student_from,
+)
 from kronbert.pretrain import PretrainSettings, pretrain_student
 
 DENSE = "bert.encoder.layer.0.intermediate.dense"
@@ -188,6 +195,48 @@ def test_sample_tells_tables_apart(teacher, tokenizer):
     first = describe_teacher(teacher, tokenizer)
     assert len(first["embedding_sample"]) == 512
     assert json.loads(json.dumps(first)) == first
+
+
+@pytest.mark.parametrize("rows", [8, 512, 520, 1000])
+def test_a_sample_has_every_column_of_a_table(rows):
+    found = sample_entries(torch.arange(rows * 64).view(rows, 64))
+    assert len(found) == 512
+    assert len(set((found % 64).tolist())) == 64
+    assert found[-1] > 0.9 * 64 * rows
+
+
+def test_the_first_student_that_suits_is_found(teacher, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("KRONBERT_STUDENTS", str(tmp_path))
+    own = describe_teacher(teacher, tokenizer)
+    factors = {"a": None, "b": 3.4, "c": 2.986, "d": 3.299, "e": 2.98}
+    for name, factor in factors.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        if factor is not None:
+            report = {"teacher": own, "student": {"factor": factor}, "asked": {"preset": None}}
+            (tmp_path / name / "report.json").write_text(json.dumps(report))
+    found = find_start(None, teacher, tokenizer, 3.0, None)
+    assert (found.name, found.factor, found.cosine) == ("kronbert/c", 2.986, 1.0)
+    assert find_start("kronbert/d", teacher, tokenizer, 3.0, None).factor == 3.299
+    for name in ("b", "e"):
+        with pytest.raises(DistillError, match="3 is asked for"):
+            find_start(f"kronbert/{name}", teacher, tokenizer, 3.0, None)
+
+
+def test_word_embeddings_may_differ_a_little(teacher, tokenizer):
+    own = describe_teacher(teacher, tokenizer)
+    mine = torch.tensor(own["embedding_sample"], dtype=torch.float64)
+    other = torch.randn(512, dtype=torch.float64)
+    other -= (other @ mine) / (mine @ mine) * mine
+    other *= mine.norm() / other.norm()
+
+    def found(cosine):
+        mixed = cosine * mine + (1 - cosine**2) ** 0.5 * other
+        base = own | {"embedding_digest": "x", "embedding_sample": mixed.tolist()}
+        return compare_teacher(own, {"teacher": base, "student": {"factor": 3.0}}, 3.0, None)
+
+    assert found(0.91) == pytest.approx(0.91)
+    assert found(0.89) == "its teacher's word embeddings differ (cosine 0.890)"
 
 
 def test_compress_starts_from_it(named, learnt, tiny_bert, tiny_task, tmp_path):

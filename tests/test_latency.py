@@ -3,6 +3,8 @@
 import gc
 
 import pytest
+import torch
+from torch import nn
 
 from kronbert import latency
 from kronbert.errors import ReportError
@@ -81,3 +83,39 @@ def test_the_garbage_collector_rests_and_comes_back(clock):
     assert gc.isenabled()
     with pytest.raises(ReportError, match="at least one function"):
         compare({})
+
+
+def test_a_collector_that_was_off_stays_off(clock):
+    gc.disable()
+    try:
+        compare({"a": clock.function("a", 1.0)}, rounds=1)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("wrong", [{"seconds": 0}, {"seconds": float("nan")}, {"rounds": 0}])
+def test_no_time_and_no_rounds_are_refused(wrong, clock):
+    with pytest.raises(ReportError, match=r"expected seconds > 0, rounds >= 1"):
+        compare({"a": clock.function("a", 1.0)}, **wrong)
+    assert not clock.calls
+
+
+def test_timings_without_samples_are_no_pairs():
+    bare = Timing(median_ms=1.0, p20_ms=1.0, p80_ms=1.0)
+    with pytest.raises(ReportError, match="0 and 0 samples are no pairs"):
+        paired_ratio(bare, bare)
+
+
+class Watched(nn.Linear):
+    def forward(self, x):
+        self.seen = (torch.is_inference_mode_enabled(), self.training, x.dtype, x.is_contiguous())
+        return super().forward(x)
+
+
+def test_models_are_timed_in_evaluation_without_gradients_in_their_own_dtype():
+    models = {"a": Watched(4, 2), "b": Watched(4, 2, dtype=torch.bfloat16)}
+    latency.compare_models(models, {"x": torch.ones(1, 4)}, 3, seconds=0.001, rounds=1)
+    for model in models.values():
+        assert model.seen == (True, False, model.weight.dtype, True)
+        assert model.training

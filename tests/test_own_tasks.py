@@ -6,16 +6,18 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from kronbert.distill.data import load_folder, load_task, tokenize
-from kronbert.distill.score_scale import output_layer, standardised, take_unit
+from kronbert.distill.recipes.kronbert import SPREAD
+from kronbert.distill.score_scale import output_layer, scale_of, standardised, take_unit
 from kronbert.errors import DataError
 from kronbert.job import compress
 from kronbert.job_models import open_encoder
-from kronbert.job_rows import cut_rows, open_data
+from kronbert.job_rows import MEASURED, cut_rows, open_data, splices_for, tokens_in
 from kronbert.job_scores import scores_of
 from kronbert.job_stages import Schedule
 from tests.data_files import write
@@ -104,6 +106,55 @@ def test_a_part_of_glues_rows_has_the_schedule_of_few(tiny_bert, tiny_task, glue
         for data in (load_task("sst2", data_dir=glue / "glue"), load_folder(tiny_task))
     )
     assert part == own
+
+
+def scheduled(tiny_bert, task, most=64, hidden=32, **asked):
+    config = AutoConfig.from_pretrained(tiny_bert, hidden_size=hidden)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert, model_max_length=most)
+    settings = settings_for(tiny_bert, task, "out", **asked)
+    return Schedule.of(settings, load_folder(task), config, tokenizer, most)
+
+
+def test_settings_change_every_stage_and_steps_keep_their_shares(tiny_bert, tiny_task):
+    made = scheduled(
+        tiny_bert, tiny_task, epochs=5.0, learning_rate=3e-3, batch_size=12, seed=7, max_length=20,
+        cache_teacher=True, stage1_text="x", stage1_epochs=3.0, stage1_learning_rate=2e-2,
+        teacher_epochs=4.0, teacher_learning_rate=5e-5,
+    )  # fmt: skip
+    first, last = made.on_task
+    assert (first.epochs, last.epochs) == (4.0, 1.0)
+    assert (first.learning_rate, last.learning_rate) == pytest.approx((3e-3, 6e-4))
+    assert (first.cache_teacher, last.cache_teacher) == (True, True)
+    assert (made.general.epochs, made.general.learning_rate) == (3.0, 2e-2)
+    assert (made.for_teacher.epochs, made.for_teacher.learning_rate) == (4.0, 5e-5)
+    stages = (made.for_teacher, made.general, first, last)
+    assert {(s.batch_size, s.max_length, s.seed) for s in stages} == {(12, 20, 7)}
+    assert made.max_length == 20
+
+
+@pytest.mark.parametrize(("hidden", "rate"), [(32, 1e-4), (511, 1e-4), (512, 3e-5), (768, 3e-5)])
+def test_small_teachers_learn_faster(hidden, rate, tiny_bert, tiny_task):
+    made = scheduled(tiny_bert, tiny_task, hidden=hidden, teacher_learning_rate=None)
+    assert made.for_teacher.learning_rate == rate
+
+
+def test_rows_have_the_task_s_length_where_the_model_takes_it(tiny_bert, tiny_task):
+    own = load_folder(tiny_task).task.max_length
+    assert own > 64
+    for most, asked, length in ((64, None, 64), (1024, None, own), (64, 64, 64)):
+        assert scheduled(tiny_bert, tiny_task, most, max_length=asked).max_length == length
+
+
+def test_tokens_are_those_of_rows_drawn_from_all(tiny_bert, tmp_path):
+    """A third of the rows has 3 tokens and comes first; the others have 12."""
+    texts = ["good"] * MEASURED + ["good " * 10] * (2 * MEASURED)
+    rows = [(text, "xy"[i % 2]) for i, text in enumerate(texts)]
+    data = load_folder(task_of(tmp_path / "many", rows))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    assert tokens_in(data, tokenizer) == pytest.approx(27 * MEASURED, rel=0.05)
+    assert tokens_in(data, tokenizer, 6) == pytest.approx(15 * MEASURED, rel=0.05)
+    assert splices_for(data, tokenizer, 36 * MEASURED) == pytest.approx(MEASURED, rel=0.2)
+    assert splices_for(data, tokenizer, 9 * MEASURED) == splices_for(data, tokenizer, 0) == 0
 
 
 def test_rows_that_are_cut_are_named(tiny_bert, tmp_path):
@@ -229,6 +280,24 @@ def test_a_head_takes_the_unit_of_its_scores(tiny_bert, scored):
     assert output_layer(AutoModel.from_pretrained(tiny_bert)) is None
     rows = standardised(tokenize(load_folder(scored[1]), tokenizer), 0.0, 1000.0)
     assert {*rows.train["labels"][:]} == {-1.0, 0.0, 1.0, 2.0, 3.0}
+
+
+def test_square_errors_of_scores_weigh_alike_in_every_unit(tiny_bert, scored):
+    for task in scored:
+        made = scheduled(tiny_bert, task)
+        scores = np.array(load_folder(task).train["label"])
+        assert made.scale == pytest.approx((scores.mean(), scores.std()))
+        answers = made.on_task[-1].objective.terms[-1]
+        assert answers.loss == "mse"
+        assert answers.weight == pytest.approx(SPREAD / scores.var(), rel=1e-2)
+
+
+def test_dev_rows_are_standardised_too(tiny_bert, scored):
+    rows = tokenize(load_folder(scored[1]), AutoTokenizer.from_pretrained(tiny_bert))
+    found = standardised(rows, 0.0, 1000.0)
+    for part in (found.train, *found.validation.values()):
+        assert {*part["labels"][:]} == {-1.0, 0.0, 1.0, 2.0, 3.0}
+    assert scale_of(found) == pytest.approx([one / 1000 for one in scale_of(rows)])
 
 
 def test_equal_scores_are_refused(tiny_bert, tmp_path):

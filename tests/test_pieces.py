@@ -61,6 +61,14 @@ def test_masked_words_are_drawn_in_the_pieces(blocks, tokenizer):
     assert not masked[:, [0, -1]].any()
 
 
+@pytest.mark.parametrize("missing", ["cls_token", "sep_token"])
+def test_a_tokenizer_without_frame_leaves_every_token(missing, tokenizer):
+    setattr(tokenizer, missing, None)
+    rows = [{"input_ids": list(range(5, 21))}, {"input_ids": list(range(6, 22))}]
+    found = Pieces(lambda rows: rows, (8,), tokenizer)(rows)
+    assert [token for row in found for token in row["input_ids"]] == [*range(5, 21), *range(6, 22)]
+
+
 @pytest.mark.parametrize("pieces", [(5,), (2, 32), (64,), (8.0,)])
 def test_lengths_that_do_not_divide_are_refused(pieces):
     with pytest.raises(DistillError, match=r"Stage\('x'\): pieces=.*divide max_length=32"):

@@ -169,6 +169,7 @@ def test_by_group():
     assert view["attention"]["dense_flops"] == 8 * dense_flops(96, 96)
     both = ("attention", "feed-forward")
     assert plan.linear_flops(10) == 10 * sum(view[name]["flops"] for name in both)
+    assert plan.linear_flops() == plan.linear_flops(128)
     assert plan.linear_flops(10, dense=True) == 10 * sum(view[n]["dense_flops"] for n in both)
     for row in view.values():
         assert row["factor"] == row["dense"] / row["weights"]
@@ -280,6 +281,12 @@ def broken(change):
         (lambda d: d.update(schema=2), PlanError, "Plan: schema 2 is newer than this kronbert"),
         (lambda d: d.update(layer=[]), PlanError, "Plan: unknown key 'layer'. Nearest: 'layers'"),
         (lambda d: d.pop("config"), PlanError, "Plan: key 'config' is missing"),
+        (lambda d: d.pop("layers"), PlanError, "Plan: key 'layers' is missing"),
+        (lambda d: d.pop("dense_parameters"), PlanError, "Plan: key 'dense_parameters' is missing"),
+        (lambda d: d["layers"][3].pop("name"), PlanError, "Plan layer: key 'name' is missing"),
+        (lambda d: d["layers"][3].pop("kind"), PlanError, "Plan layer: key 'kind' is missing"),
+        (lambda d: d["layers"][3].pop("group"), PlanError, "Plan layer: key 'group' is missing"),
+        (lambda d: d["layers"][3].pop("inner"), PlanError, "Plan layer: key 'inner' is missing"),
         (lambda d: d["layers"][3].pop("out"), PlanError, "Plan layer: key 'out' is missing"),
         (lambda d: d["layers"][3].pop("groups"), PlanError, "Plan layer: key 'groups' is missing"),
         (lambda d: d["layers"][3].update(rank=2), PlanError, "Plan layer: unknown key 'rank'"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kronbert.distill import Stage, rate_search, search_rates
+from kronbert.distill import Objective, Stage, Term, rate_search, search_rates, teacher_cache
 from kronbert.distill.data import load_folder, tokenize
-from kronbert.distill.finetune import labels_only
+from kronbert.distill.finetune import CACHE, labels_only
 from kronbert.distill.rate_search import RateResult, RateSearch
 from kronbert.errors import DistillError
 
@@ -108,6 +108,35 @@ def test_results_of_another_search_are_refused(student, rows, tokenizer, tmp_pat
         search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **given)
 
 
+def test_the_teacher_reads_the_rows_once_for_all_rates(
+    student, rows, tokenizer, tmp_path, monkeypatch
+):
+    seen = []
+    real = teacher_cache._Reader.__call__
+
+    def counted(reader, batch):
+        seen.append(len(batch["input_ids"]))
+        return real(reader, batch)
+
+    monkeypatch.setattr(teacher_cache._Reader, "__call__", counted)
+    answers = Objective(terms=(Term(tap="logits", loss="kl"),))
+    stage, teacher = replace(STAGE, objective=answers, cache_teacher=True), copy.deepcopy(student)
+    given = {"tokenizer": tokenizer, "precision": "fp32", "max_steps": 1}
+    search_rates(student, teacher, stage, rows, tmp_path / "a", RATES, **given)
+    assert sum(seen) == len(rows.train)
+    assert (tmp_path / "a" / CACHE).is_dir()
+    own = tmp_path / "own"
+    search_rates(student, teacher, stage, rows, tmp_path / "b", RATES[:1], cache=own, **given)
+    assert own.is_dir()
+    assert not (tmp_path / "b" / CACHE).exists()
+
+
+def test_the_score_is_the_mean_over_dev_sets(rows, monkeypatch):
+    found = {"matched": {"accuracy": 0.5, "f1": 0.0}, "mismatched": {"accuracy": 0.9, "f1": 1.0}}
+    monkeypatch.setattr(rate_search, "evaluate", lambda *_: found)
+    assert rate_search._score(None, rows, None) == pytest.approx(0.7)
+
+
 def result(rate, score):
     return RateResult(learning_rate=rate, score=score, seconds=1.0)
 
@@ -139,6 +168,7 @@ def test_all_diverged(monkeypatch, student, rows, tokenizer, tmp_path):
         ({"rates": ()}, "expected different rates"),
         ({"rates": (1e-3, 1e-3)}, "expected different rates"),
         ({"share": 0}, r"expected a share in \(0, 1\]"),
+        ({"share": 1.5}, r"expected a share in \(0, 1\]"),
     ],
 )
 def test_what_the_search_refuses(change, text, student, rows, tokenizer, tmp_path):
@@ -158,4 +188,6 @@ def test_a_checkpoint_of_another_search_is_not_gone_on_from(
     other = replace(STAGE, weight_decay=0.5)
     with pytest.raises(DistillError, match=r"asked.json: .*another search \(other stage\)"):
         search_rates(student, None, other, rows, tmp_path, [1e-4], **given)
-    search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **given)
+    said = []
+    search_rates(student, None, STAGE, rows, tmp_path, [1e-4], say=said.append, **given)
+    assert "resumed after step 1" in said

@@ -140,3 +140,9 @@ def kept_by(ranks, shares, width):
         share * (1 - (1 - kept_part(rank, width)) ** close)
         for share, rank, close in zip(shares, ranks, CLOSENESS, strict=True)
     )
+
+
+def test_ranks_are_shared_out_by_a_flatter_law_than_what_is_kept():
+    flat = [groups for groups, _ in row_ranks(4096, 32, power=0.5)]
+    assert [groups for groups, _ in row_ranks(4096, 32)] == flat
+    assert [groups for groups, _ in row_ranks(4096, 32, power=0.75)] != flat

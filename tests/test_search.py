@@ -2,7 +2,8 @@
 
 import math
 import re
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 
 import pytest
 from transformers import BertConfig, DistilBertConfig, RobertaConfig
@@ -12,8 +13,10 @@ from kronbert.errors import PlanError
 from kronbert.inventory import inventory
 from kronbert.planning import Inventory, LayerSize, make_plan
 from kronbert.search import (
+    RUN_WEIGHTS,
     best_under,
     candidates,
+    choose,
     fast,
     pareto,
     position_candidates,
@@ -21,7 +24,7 @@ from kronbert.search import (
     shapes_of,
     svd_rank,
 )
-from kronbert.shapes import KroneckerShape, low_rank
+from kronbert.shapes import KroneckerShape, dense_flops, low_rank
 
 CONFIGS = {
     "bert": BertConfig(),
@@ -112,6 +115,34 @@ def test_factors_in_between(sizes, factor):
     assert (
         factor <= make_plan(sizes["bert"], KroneckerConfig(factor=factor)).factor <= 1.03 * factor
     )
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("4:2x2*384x384", True),
+        ("5:2x2*384x384", False),  # too many large products
+        ("2x1*384x768", False),  # a single column
+        ("32x2*24x384", False),  # b has too few rows
+        ("24x2*32x384", True),
+        ("48x2*64x384", False),  # a is no tiny matrix
+        ("2x2*48x48", True),  # 96 wide: large is less
+        ("6x6*128x128", False),
+        ("9:48x48*16x16", True),
+        ("48x48*16x8", False),
+    ],
+)
+def test_which_shapes_run_fast(spec, expected):
+    assert fast(KroneckerShape.parse(spec)) is expected
+
+
+@pytest.mark.parametrize(("out", "inner"), [(768, 768), (384, 1536), (99, 45)])
+def test_shapes_save_numbers_and_flops_and_keep_half_of_the_rank(out, inner):
+    for shape in shapes_of(out, inner):
+        assert shape.parameters < out * inner
+        assert shape.flops() <= dense_flops(out, inner)
+        rank = shape.rank * min(shape.a_out, shape.a_in) * min(shape.b_out, shape.b_in)
+        assert rank >= min(out, inner) / 2
 
 
 def test_odd_widths_take_what_divides():
@@ -229,3 +260,36 @@ def test_svd_rank_is_the_rival_of_one_size():
     assert svd_rank(768, 768, 147_460) == low_rank(768, 768, 96)
     assert svd_rank(768, 768, 147_460).parameters <= 147_460
     assert svd_rank(768, 768, 10).rank == 1
+
+
+@pytest.mark.parametrize(("count", "width", "rows"), [(12, 16, 56), (2, 24, 48)])
+def test_the_mix_has_the_least_weighted_loss(count, width, rows):
+    """Against every mix: the table, the positions, the pooler and the layers count so much."""
+    depth = max(1, count / 6)
+    counts, weights = (1, 1, 1, count), (2 * depth, depth / 4, 0.5, count)
+    layers = [
+        table(rows, width),
+        LayerSize(name="p", kind="position", group="embedding", out=width, inner=width),
+        replace(linear(width, width, "other"), name="o"),
+        *(replace(linear(width, width), name=str(i)) for i in range(count)),
+    ]
+    total = sum(layer.weights for layer in layers)
+
+    def weighed(mix, by, what):
+        return sum(n * getattr(c, what) for n, c in zip(by, mix, strict=True))
+
+    for factor in (3, 3.5, 4, 5, 6):
+        found = choose(layers, 0, total, factor)
+        for run_weight in RUN_WEIGHTS:
+            ways = [candidates(layer, run_weight) for layer in layers[:4]]
+            fit = (m for m in product(*ways) if weighed(m, counts, "weights") <= total / factor)
+            best = min(fit, key=lambda mix: weighed(mix, weights, "loss"))
+            if total / weighed(best, counts, "weights") <= 1.03 * factor:
+                break
+        mix = [
+            next(c for c in way if c.groups == found[layer.name])
+            for way, layer in zip(ways, layers, strict=False)
+        ]
+        assert weighed(mix, counts, "weights") <= total / factor
+        least = weighed(best, weights, "loss")
+        assert weighed(mix, weights, "loss") == pytest.approx(least)

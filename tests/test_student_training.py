@@ -24,6 +24,14 @@ BERT = transformers.BertConfig(**SIZES, intermediate_size=48)
 MODERN = transformers.ModernBertConfig(
     **SIZES, intermediate_size=48, attention_dropout=0.2, pad_token_id=0
 )
+VISION: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "patch_size": 4,
+    "attention_probs_dropout_prob": 0.3,
+}
 
 
 def model(config):
@@ -159,6 +167,40 @@ def test_without_dropout_training_mode_gives_evaluation_s_numbers(config):
         same = student(ids).last_hidden_state
     assert torch.equal(again, same)
     assert not torch.allclose(dropped, plain)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.ViTConfig(**VISION, image_size=8),
+        transformers.YolosConfig(**VISION, image_size=[8, 8], use_mid_position_embeddings=False),
+    ],
+    ids=["vit", "yolos"],
+)
+def test_attention_to_pictures_does_not_drop_either(config):
+    student = transformers.AutoModel.from_config(config).train()
+    pixels = torch.randn(2, 3, 8, 8)
+    dropped = student(pixels).last_hidden_state
+    with dropout_set_to(student, 0.0):
+        plain = student(pixels).last_hidden_state
+    torch.testing.assert_close(plain, student.eval()(pixels).last_hidden_state)
+    assert not torch.allclose(dropped, plain)
+
+
+@pytest.mark.parametrize("config", [BERT, MODERN], ids=["bert", "modernbert"])
+def test_dropout_comes_back_after_an_error(config):
+    student = model(config)
+
+    def held():
+        names = ("p", "attention_dropout", "dropout_prob")
+        return [getattr(m, name) for m in student.modules() for name in names if hasattr(m, name)]
+
+    before = held()
+    with dropout_set_to(student, 0.75):
+        assert set(held()) == {0.75}
+    with pytest.raises(KeyError), dropout_set_to(student, 0.75):
+        raise KeyError
+    assert held() == before
 
 
 def test_a_config_may_write_no_dropout_as_a_whole_number():

@@ -110,6 +110,63 @@ def test_labels_follow_from_the_words(data, sentence, label):
     assert checked >= 10
 
 
+def all_rows(data):
+    return data.train.to_list() + data.validation["validation"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("ending", "label"),
+    [
+        (r"(?:ruins? everything|spoils? it all|drags? the whole experience down)", NEGATIVE),
+        (r"(?:makes? up for it|saves? it|lifts? the whole experience)", POSITIVE),
+        (r"(?:I would not .* again|the \w+ let me down)", NEGATIVE),
+        (r"(?:I would gladly .* again|the \w+ won me over)", POSITIVE),
+        (r"this \w+ (?:is not worth .*|left me cold|never won me over|was a let-down)", NEGATIVE),
+        (r"this \w+ (?:is worth .*|won me over|never let me down|was a real pleasure)", POSITIVE),
+        (r"(?:never|could make me|refuse to) .* again, however .*", NEGATIVE),
+        (r"(?:happily|cannot wait to|certainly) .* again, however .*", POSITIVE),
+    ],
+)
+def test_verdicts_say_the_label(data, ending, label):
+    found = [row for row in all_rows(data) if re.search(rf"\b{ending}\.$", row["sentence"])]
+    assert len(found) >= 10
+    assert {row["label"] for row in found} == {label}
+
+
+def test_hopes_end_otherwise(data):
+    for start, label in (("I really wanted to", NEGATIVE), ("I was (ready|prepared) to", POSITIVE)):
+        found = [row for row in all_rows(data) if re.match(start, row["sentence"])]
+        assert len(found) >= 10
+        assert {row["label"] for row in found} == {label}
+
+
+def test_words_that_dev_alone_has_for_a_thing(data):
+    """15 % of the pairs; half of dev is made of these and of phrases that train lacks."""
+    aspects = [aspect for domain in DOMAINS for aspect in domain.aspects]
+    words = {a.name: [w.rstrip("*") for side in a.words for w in side] for a in aspects}
+
+    def pairs(sentences):
+        named = [(name, s) for s in map(str.lower, sentences) for name in words if name in s]
+        return {(name, word) for name, s in named for word in words[name] if word in s}
+
+    train, dev = data.train["sentence"], data.validation["validation"]["sentence"]
+    alone = pairs(dev) - pairs(train)
+    assert 0.08 < len(alone) / sum(map(len, words.values())) < 0.2
+    more = [s for s in train if re.search(r"(far|even|much) more \w+ than", s)]
+    assert len(more) > 20
+    assert pairs(more) <= pairs(set(train) - set(more))
+
+
+def test_no_sentence_of_dev_is_one_of_train_but_for_its_lead(data):
+    leads = "|".join(sorted(filter(None, synthetic._LEADS)))
+
+    def bare(rows):
+        return [re.sub(rf"^(?:{leads})", "", s.lower()) for s in rows["sentence"]]
+
+    found = bare(data.train) + bare(data.validation["validation"])
+    assert len(set(found)) == len(found)
+
+
 def test_a_bag_of_words_is_not_enough(data):
     train, dev = data.train, data.validation["validation"]
     model = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=2000))
