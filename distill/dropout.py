@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 ATTRIBUTES = ("attention_dropout", "dropout_prob")
-"""Where attention that has no `nn.Dropout` keeps its probability (ModernBERT, ViT)."""
+"""Where attention that has no `nn.Dropout` keeps its probability (ModernBERT, ViT, YOLOS)."""
 
 
 @contextmanager

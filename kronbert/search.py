@@ -134,8 +134,6 @@ def table_candidates(rows: int, width: int) -> list[Candidate]:
         if weights < dense and len(groups) > 1:
             found.append(Candidate(weights, -math.log(kept), groups))
     for n in divisors(width):
-        if n == 1:
-            continue
         top = 1 if n < width else min(rows, width)
         for rank in range(1, top + 1):
             shape = KroneckerShape(rows, width // n, 1, n, rank)
@@ -155,8 +153,8 @@ def position_candidates(rows: int, width: int) -> list[Candidate]:
     found = [Candidate(rows * width, 0.0)]
     for rank in range(1, (rows * width - 1) // (rows + width) + 1):
         kept = 0.975 * min(1.0, 24 * rank / width) ** 0.5 + 0.025 * min(1.0, 3 * rank / width)
-        loss = 0.0 if rank >= min(rows, width) else -math.log(kept)
-        found.append(Candidate(rank * (rows + width), loss, (low_rank(rows, width, rank),)))
+        shape = low_rank(rows, width, rank)
+        found.append(Candidate(shape.parameters, -math.log(kept), (shape,)))
     return pareto(found)
 
 
