@@ -18,7 +18,7 @@ from .embedding import KroneckerEmbedding
 from .errors import PlanError, ShapeError, expect_model
 from .fusion import unfuse
 from .head import KroneckerLMHead
-from .inventory import inventory, roots_of, swap
+from .inventory import inventory, swap
 from .linear import KroneckerLinear
 from .planning import Inventory, Plan, PlannedLayer, make_plan
 from .shapes import check_groups
@@ -189,8 +189,16 @@ def merge(model: nn.Module) -> nn.Module:
 def _saved(model: nn.Module) -> dict[str, Any]:
     """What transformers saves, with a config that can hold a plan: name in ``model`` -> model.
 
-    The model itself, or those that a wrapper holds (SentenceTransformer, one's own)."""
-    return {root: model.get_submodule(root) for root in roots_of(model)}
+    The model itself, or those that a wrapper holds (SentenceTransformer, one's own), and their
+    parts that have a config of their own and may be saved alone (an encoder-decoder's encoder)."""
+    from transformers import PreTrainedModel
+
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            if not any(module.config is outer.config for outer in found.values()):
+                found[name] = module
+    return found
 
 
 def _stored(model: nn.Module, plan: Plan) -> dict[str, Any]:

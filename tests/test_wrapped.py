@@ -3,7 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    EncoderDecoderModel,
+)
 
 import kronbert
 from tests.small_berts import IDS, SMALL, classifier
@@ -63,3 +69,20 @@ def test_a_sentence_transformer_is_saved_by_itself(tiny_bert, tmp_path):
     assert any(isinstance(m, kronbert.KroneckerLinear) for m in again.modules())
     texts = ["a good film", "a bad one"]
     assert (again.encode(texts) == student.encode(texts)).all()
+
+
+def test_a_part_with_a_config_of_its_own_is_saved_alone(tmp_path):
+    sizes = BertConfig(**SMALL)
+    decoder = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True, add_cross_attention=True))
+    both = EncoderDecoderModel(encoder=BertModel(sizes), decoder=decoder).eval()
+    student = kronbert.convert(both, factor=3)
+    student.save_pretrained(tmp_path / "both")
+    again = EncoderDecoderModel.from_pretrained(tmp_path / "both").eval()
+    found = [one(input_ids=IDS, decoder_input_ids=IDS).logits for one in (student, again)]
+    assert torch.equal(*found)
+    student.encoder.save_pretrained(tmp_path / "part")
+    part = loaded(tmp_path / "part")
+    assert torch.equal(part(IDS).last_hidden_state, student.encoder(IDS).last_hidden_state)
+    assert any(isinstance(module, kronbert.KroneckerLinear) for module in part.modules())
+    kronbert.merge(student).encoder.save_pretrained(tmp_path / "dense")
+    assert not hasattr(loaded(tmp_path / "dense"), "kronecker_plan")
