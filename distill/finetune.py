@@ -27,6 +27,7 @@ from kronbert.distill.checks import check_pair, supervised_layers
 from kronbert.distill.cpu_layers import fused_layers, plain_attention
 from kronbert.distill.data import TaskData, compute_metrics, row_lengths
 from kronbert.distill.dropout import dropout_set_to
+from kronbert.distill.freed import ReleaseFreed
 from kronbert.distill.held_out import HeldOut, held_out_batches
 from kronbert.distill.objectives import Objective, Term
 from kronbert.distill.pieces import Pieces
@@ -136,6 +137,7 @@ def run_stage(
     trainer.mixed = task is None
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(_Bar)
+    trainer.add_callback(ReleaseFreed())
     if held_out is not None:
         batches = held_out_batches(held_out, whole, trainer.args.per_device_eval_batch_size)
         trainer.add_callback(HeldOut(trainer, batches, POINTS, say))

@@ -23,9 +23,10 @@ from .errors import PlanError
 from .fit_report import FitReport, LayerFit
 from .head import KroneckerLMHead
 from .linear import KroneckerLinear, dense_weight
+from .memory import release_freed
 from .moments import Inputs, Moments, TokenRows, input_moments, pair_moments, token_rows
 from .planning import Plan
-from .walk import Stop, Walk, release_freed, watched
+from .walk import Stop, Walk, watched
 from .weighted_fit import Objective, Pair, nearest_outputs, nearest_rows
 
 RIDGE = 3e-2

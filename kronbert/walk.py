@@ -8,11 +8,9 @@ time: each pass is paid once, whatever the model's code looks like.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -88,14 +86,6 @@ class Walk:
         self._go.acquire()
         if self._closed:
             raise _Enough
-
-
-def release_freed() -> None:
-    """Give back to the system what was freed: glibc keeps a heap per thread, each with pages that
-    no other thread can use."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

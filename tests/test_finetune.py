@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from kronbert.distill import Objective, Stage, Term, finetune
+from kronbert.distill import Objective, Stage, Term, finetune, freed
 from kronbert.distill.data import TaskData, load_folder, tokenize
 from kronbert.distill.finetune import (
     answers,
@@ -260,6 +260,14 @@ def test_precision(monkeypatch):
     assert not use_bf16("auto")
     with pytest.raises(DistillError, match="expected 'auto', 'bf16' or 'fp32'"):
         use_bf16("fp16")
+
+
+def test_freed_memory_is_given_back_all_along(tiny_bert, rows, tokenizer, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(freed, "release_freed", lambda: given.append(1))
+    monkeypatch.setattr(freed, "EVERY", 10)
+    log = run_stage(model_of(tiny_bert), None, STAGE, rows, tmp_path, tokenizer=tokenizer)
+    assert len(given) == log[-1]["step"] // 10 > 1
 
 
 def test_frozen_student_is_refused(tiny_bert, rows, tokenizer, tmp_path):

