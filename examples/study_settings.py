@@ -69,9 +69,8 @@ BESIDE = {
     **dict.fromkeys(("words-replaced", "fewer-rows", "two-passes"), EARLIER),
     **dict.fromkeys(("flat-table", "four-passes"), LAW_ALONE),
     "weights-tenth": "tenth",
-    **dict.fromkeys(
-        ("ema", "labels-half", "answers-alone", "last-layer", "novels", "more-rows"), ONE_TEACHER
-    ),
+    **dict.fromkeys(("ema", "labels-half", "answers-alone", "last-layer"), ONE_TEACHER),
+    **dict.fromkeys(("novels", "more-rows", "four-layers", "three-layers"), ONE_TEACHER),
 }
 """Variant -> the tag of the runs that it is held against, where a task has runs of it: else, and
 for other variants, `MAIN`."""
