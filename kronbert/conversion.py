@@ -19,6 +19,7 @@ from .errors import PlanError, ShapeError, expect_model
 from .fusion import unfuse
 from .head import KroneckerLMHead
 from .inventory import inventory, swap
+from .joined import refuse_joined
 from .linear import KroneckerLinear
 from .planning import Inventory, Plan, PlannedLayer, make_plan
 from .shapes import check_groups
@@ -206,6 +207,9 @@ def _stored(model: nn.Module, plan: Plan) -> dict[str, Any]:
     from .hf import KroneckerQuantizationConfig
 
     names = [layer.size.name for layer in plan.converted]
+    for name, part in _saved(model).items():
+        prefix = f"{name}." if name else ""
+        refuse_joined(part, [n.removeprefix(prefix) for n in names if n.startswith(prefix)])
     return {
         name: KroneckerQuantizationConfig.from_plan(plan, prefix, part.num_parameters())
         for name, part in _saved(model).items()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError
@@ -138,6 +138,8 @@ def _kind(name: str, module: nn.Module) -> Kind | None:
 
 def roots_of(model: nn.Module) -> tuple[str, ...]:
     """The names of the models of transformers that a module is or holds, as "0.auto_model"."""
+    from transformers import PreTrainedModel  # its import is a heavy one
+
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(root == "" or name.startswith(f"{root}.") for root in found)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, BitsAndBytesConfig
 
 import kronbert
 from kronbert import PlanError
-from tests.small_berts import QUERY, SMALL, classifier, masked_lm
+from tests.small_berts import IDS, QUERY, SMALL, classifier, masked_lm
 
 
 def on_meta(model):
@@ -206,3 +207,29 @@ def test_a_weight_is_read_not_set():
     for layer in (student.bert.pooler.dense, student.bert.embeddings.word_embeddings):
         with pytest.raises(AttributeError, match=r"Kronecker\w+ has no weight of its own"):
             layer.weight = nn.Parameter(torch.zeros(layer.weight.shape))
+
+
+def test_layers_that_are_saved_as_parts_of_one():
+    """Nomic's query, key and value: a student of theirs could not be loaded again."""
+    known = transformers.CONFIG_MAPPING
+    if "nomic_bert" not in known:
+        pytest.skip("transformers of this version has no such model")
+    model = transformers.AutoModel.from_config(known["nomic_bert"](**SMALL, pad_token_id=1)).eval()
+    with pytest.raises(PlanError, match=r"q_proj': transformers saves .*keep=\['\*self_attn.q_pr"):
+        kronbert.convert(model, factor=3)
+    assert not any("Kronecker" in type(module).__name__ for module in model.modules())
+    kept = ["*self_attn.q_proj", "*self_attn.k_proj", "*self_attn.v_proj"]
+    student = kronbert.convert(model, factor=1.5, keep=kept)
+    assert student.kronecker_plan.factor >= 1.5
+
+
+def test_a_student_with_joined_layers_kept_dense_is_loaded_again(tmp_path):
+    known = transformers.CONFIG_MAPPING
+    if "nomic_bert" not in known:
+        pytest.skip("transformers of this version has no such model")
+    model = transformers.AutoModel.from_config(known["nomic_bert"](**SMALL, pad_token_id=1)).eval()
+    kept = [f"*self_attn.{name}_proj" for name in "qkv"]
+    student = kronbert.convert(model, factor=1.5, keep=kept).eval()
+    student.save_pretrained(tmp_path)
+    again = kronbert.load(tmp_path).eval()
+    assert torch.equal(again(IDS).last_hidden_state, student(IDS).last_hidden_state)

@@ -100,7 +100,8 @@ TABLE = {
         f"{SIZES} planning linear embedding head memory walk moments weighted_fit fit_report",
         outside="torch",
     ),
-    "conversion": Row(f"{MODEL} data_init", lazily="hf", outside="torch transformers"),
+    "joined": Row("errors", outside_lazily="transformers"),
+    "conversion": Row(f"{MODEL} data_init joined", lazily="hf", outside="torch transformers"),
     "shipped": Row("errors"),
     "checkpoint": Row(
         f"{MODEL} hf conversion shipped",
