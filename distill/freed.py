@@ -10,7 +10,7 @@ from kronbert.memory import release_freed
 
 EVERY = 50
 """Steps between two times that freed memory is given back. A student of MiniLM (STS-B, 32 rows a
-step) held 1.0 GB then, 1.5 to 1.9 GB before, for 0.6 % of the time; without, 3 to 5 GB in an hour
+step) held 1.0 GB then, 1.5 to 1.9 GB before, for 0.9 % of the time; without, 3 to 5 GB in an hour
 and more."""
 
 
