@@ -52,7 +52,8 @@ def row(made: Students, factor: float, dtype: str, batch: int, quick: bool) -> d
     times: dict[str, Any] = {}
     for name, student in found.items():
         pair = {"dense": dense, name: student}
-        timed = timed_row(compare_models(pair, given, batch, seconds=0.1 if quick else 4.0), "dense")
+        measured = compare_models(pair, given, batch, seconds=0.1 if quick else 4.0)
+        timed = timed_row(measured, "dense")
         ratio |= timed["ratio"]
         times[name] = timed["ms"]
     about = {"factor": factor, "dtype": dtype, "batch": batch, "sequence": SEQUENCE}
