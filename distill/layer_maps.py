@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kronbert.depth import spread_layers
 from kronbert.errors import DistillError, near
 
 LayerMap = str | tuple[int | None, ...]
@@ -28,7 +29,7 @@ def uniform(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
             f"layer map 'uniform': {student_layers} student layers, but {teacher_layers} teacher "
             "layers. Pass a tuple with one teacher layer (from 1; 0 = none) per student layer."
         )
-    return tuple(m * teacher_layers // student_layers for m in range(1, student_layers + 1))
+    return spread_layers(student_layers, teacher_layers)
 
 
 def explicit(

@@ -361,3 +361,19 @@ def counted(modules, monkeypatch):
 
     monkeypatch.setattr(modules.runs, "run_stage", counting)
     return seen
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every batch that a teacher reads for its cache."""
+    from kronbert.distill import teacher_cache
+
+    seen: list[int] = []
+    real = teacher_cache._Reader.__call__
+
+    def counted(reader: Any, batch: Any) -> Any:
+        seen.append(len(batch["input_ids"]))
+        return real(reader, batch)
+
+    monkeypatch.setattr(teacher_cache._Reader, "__call__", counted)
+    return seen

