@@ -36,6 +36,7 @@ def pretrain_student(
     factor: Factor = None,
     preset: Preset = None,
     rule: Rules = None,
+    layers: Annotated[int | None, typer.Option(help="of the student; default: all")] = None,
     student: Annotated[
         str | None, typer.Option(help="saved student of this model to go on from")
     ] = None,
@@ -98,6 +99,7 @@ def pretrain_student(
         factor=factor,
         preset=preset,
         rules=parse_rules(rule),
+        layers=layers,
         student=student,
         init=init.value,
         valid=valid,

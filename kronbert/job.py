@@ -270,9 +270,10 @@ class _Job:
     def _choose_start(self) -> dict[str, Any] | None:
         """Chosen once, before anything is trained, and kept when the run is resumed."""
         settings = self.settings
-        if settings.stage1_text is not None or self.dense is None or settings.layers is not None:
+        if settings.stage1_text is not None or self.dense is None:
             return None
-        found = find_start(settings.student, self.dense[0], self.tokenizer, **self.wanted)
+        asked: dict[str, Any] = self.wanted | {"layers": settings.layers}
+        found = find_start(settings.student, self.dense[0], self.tokenizer, **asked)
         return None if found is None else asdict(found)
 
     @property

@@ -30,8 +30,6 @@ def base_of(
     return base, {**wanted, "factor": factor}
 
 
-def at_depth(stage: Any, layers: int | None) -> Any:
-    """The `Stage` for students of so many layers: each learns from the one whose weights it has."""
-    if layers is None:
-        return stage
+def at_depth(stage: Any) -> Any:
+    """The `Stage`, for students of any depth: a layer learns from the one whose weights it has."""
     return replace(stage, objective=replace(stage.objective, layer_map="uniform"))

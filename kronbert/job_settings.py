@@ -74,8 +74,6 @@ class CompressSettings:
                 "compress: student= and stage1_text=: a student has learnt general text already. "
                 "Give one of the two."
             )
-        if self.layers is not None and self.student not in (None, "none"):
-            raise PlanError("compress: layers= and student=: a student has its layers. Give one.")
         for key in ("splice", "augment"):
             if (getattr(self, key) or 0) < 0:
                 raise PlanError(f"compress({key}={getattr(self, key)}): expected 0 or more.")

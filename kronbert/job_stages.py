@@ -71,7 +71,7 @@ class Schedule:
         passes, rate = sum(stage.epochs for stage in steps), steps[0].learning_rate
         on_task = [
             _changed(
-                at_depth(stage, settings.layers),
+                at_depth(stage),
                 epochs=settings.epochs and settings.epochs * stage.epochs / passes,
                 learning_rate=settings.learning_rate
                 and settings.learning_rate * stage.learning_rate / rate,
@@ -83,7 +83,7 @@ class Schedule:
             for stage in steps
         ]
         general = _changed(
-            at_depth(recipe.stage("general"), settings.layers),
+            at_depth(recipe.stage("general")),
             epochs=settings.stage1_epochs,
             learning_rate=settings.stage1_learning_rate,
             batch_size=settings.batch_size,

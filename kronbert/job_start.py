@@ -74,24 +74,30 @@ class Start:
 
 
 def find_start(
-    asked: str | None, teacher: Any, tokenizer: Any, factor: float | None, preset: str | None
+    asked: str | None,
+    teacher: Any,
+    tokenizer: Any,
+    factor: float | None,
+    preset: str | None,
+    layers: int | None = None,
 ) -> Start | None:
     """The student that stage 2 can start from instead of a freshly converted one.
 
     asked: a folder or name, which must suit (`DistillError` says what does not); "none"; or None:
     the first of `list_students` that suits, if any. It suits a teacher with its base's sizes and
-    vocabulary and with nearly its word embeddings, and a run that asks for its factor or preset."""
+    vocabulary and with nearly its word embeddings, and a run that asks for its factor or preset and
+    for its number of layers (None: the teacher's)."""
     if asked == "none":
         return None
     own = describe_teacher(teacher, tokenizer)
     if asked is not None:
         source = str(find_shipped(asked) or asked)
         report = _report_of(source, asked)
-        found = compare_teacher(own, report, factor, preset)
+        found = compare_teacher(own, report, factor, preset, layers)
         if isinstance(found, str):
             raise DistillError(
                 f"--student {asked}: {found}. Give a student of this teacher's base model and of "
-                "the same factor or preset, or --student none."
+                "the same factor or preset and depth, or --student none."
             )
         name = asked if is_shipped_name(asked) else model_name(asked)
         if name == "student":  # the folder that pretrain-student wrote: its output's name says more
@@ -99,7 +105,9 @@ def find_start(
         return Start(name=name, source=source, factor=report["student"]["factor"], cosine=found)
     for student in list_students():
         listed = read_report(student["path"])
-        cosine = compare_teacher(own, listed, factor, preset) if listed else "no report"
+        cosine: float | str = "no report"
+        if listed:
+            cosine = compare_teacher(own, listed, factor, preset, layers)
         if listed and not isinstance(cosine, str):
             return Start(
                 name=student["name"],
@@ -111,7 +119,11 @@ def find_start(
 
 
 def compare_teacher(
-    own: Mapping[str, Any], report: Mapping[str, Any], factor: float | None, preset: str | None
+    own: Mapping[str, Any],
+    report: Mapping[str, Any],
+    factor: float | None,
+    preset: str | None,
+    layers: int | None = None,
 ) -> float | str:
     """The cosine of the word embeddings of a teacher (`describe_teacher`) and of the base in a
     student's report; or, in words, why the student is none for it."""
@@ -123,6 +135,10 @@ def compare_teacher(
         return "its teacher has another vocabulary"
     if preset is not None and report["asked"]["preset"] != preset.lower():
         return f"it was not made with preset {preset}"
+    deep = base["sizes"]["num_hidden_layers"]
+    has, wanted = report["student"].get("layers", deep), deep if layers is None else layers
+    if has != wanted:
+        return f"it has {has} layers, {wanted} are asked for"
     if factor is not None and not BELOW * factor <= made <= ABOVE * factor:
         return f"it is {made:.2f} times smaller, {factor:g} is asked for"
     if own["embedding_digest"] == base["embedding_digest"]:

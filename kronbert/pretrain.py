@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any, Literal
 
 from .errors import DataError, DistillError, PlanError
+from .job_depth import at_depth, base_of
 from .job_folder import JobFolder, Say, alone, write_whole
 from .job_models import (
     check_finite,
@@ -41,6 +42,8 @@ class PretrainSettings:
     model: hub name or folder of the encoder that teaches; teacher_name: what the report calls it.
     text, valid: as `kronbert.distill.text.load_text` takes them; valid: held-out text, of which
     valid_blocks evenly spaced blocks are measured. factor, preset, rules: as in `kronbert.convert`.
+    layers: how many of the model's the student has, as `kronbert.fewer_layers` takes it; factor
+    counts against the model all the same. None: all.
     student: a saved student of this teacher to go on from, instead of the nearest products.
     init: "data" fits the first student to what the teacher's layers give on CALIBRATION blocks of
     the text, "weights" to their weights alone; see `kronbert.convert`.
@@ -58,6 +61,7 @@ class PretrainSettings:
     factor: float | None = None
     preset: str | None = None
     rules: Mapping[str, Any] | None = None
+    layers: int | None = None
     student: str | None = None
     init: Literal["weights", "data"] = "data"
     valid: str | None = None
@@ -85,10 +89,10 @@ class PretrainSettings:
         if not 0 <= self.seed < 2**32:
             raise PlanError(f"pretrain-student: seed={self.seed}: expected 0 to 4294967295.")
         shapes = self.factor or self.preset or self.rules
-        if self.student is not None and shapes:
+        if self.student is not None and (shapes or self.layers is not None):
             raise PlanError(
-                "pretrain-student: student= has its shapes; give it without factor=, preset= and "
-                "rules=."
+                "pretrain-student: student= has its layers and shapes; give it without factor=, "
+                "preset=, rules= and layers=."
             )
         if self.sentences and self.mlm:
             raise DistillError(
@@ -185,6 +189,7 @@ class _Pretraining:
             stage = general_stage(mlm=self.mlm, max_length=length)
         if settings.optimizer == "adamw":
             stage = replace(stage, muon_rate=None)
+        stage = at_depth(stage)
         asked: dict[str, Any] = {
             "epochs": settings.epochs,
             "learning_rate": settings.learning_rate,
@@ -199,10 +204,11 @@ class _Pretraining:
 
         settings = self.settings
         if settings.student is None:
+            asked = {"factor": settings.factor, "preset": settings.preset}
+            base, wanted = base_of(self.teacher, settings.layers, asked)
             return convert(
-                self.teacher,
-                settings.factor,
-                preset=settings.preset,
+                base,
+                **wanted,
                 rules=settings.rules,
                 init=settings.init,
                 calibration=self._calibration() if settings.init == "data" else None,
@@ -291,7 +297,8 @@ class _Pretraining:
             "student": {
                 "class": type(student).__name__,
                 "parameters": student.num_parameters(),
-                "factor": student.kronecker_plan.dense_parameters / student.num_parameters(),
+                "layers": student.config.num_hidden_layers,
+                "factor": self.teacher.num_parameters() / student.num_parameters(),
                 "dtype": "float16" if settings.half else "float32",
             },
             "tokens_per_step": self._tokens_per_step(),

@@ -90,7 +90,8 @@ def student_card(report: Mapping[str, Any]) -> str:
         "",
         f"# {teacher['name']}, {student['factor']:.1f} times smaller",
         "",
-        f"{student['parameters']:,} parameters for the teacher's {teacher['parameters']:,}; its "
+        f"{student['parameters']:,} parameters for the teacher's {teacher['parameters']:,}"
+        f"{_depth(report)}; its "
         f"weights are sums of Kronecker products, stored as {student['dtype']}. {_learnt(report)}",
         "",
         "```python",
@@ -142,6 +143,13 @@ _EMBEDDINGS = (
     "states, mask = model(**batch).last_hidden_state, batch.attention_mask[..., None]",
     "embeddings = (states * mask).sum(1) / mask.sum(1)  # of unpadded tokens",
 )
+
+
+def _depth(report: Mapping[str, Any]) -> str:
+    """How many layers it has, if they are fewer than the teacher's."""
+    deep = report["teacher"]["sizes"]["num_hidden_layers"]
+    has = report["student"].get("layers", deep)
+    return "" if has == deep else f", in {has} layers for its {deep}"
 
 
 def _learnt(report: Mapping[str, Any]) -> str:

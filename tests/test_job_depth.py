@@ -8,7 +8,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 import kronbert
 from kronbert.errors import PlanError
-from kronbert.job import CompressSettings, compress
+from kronbert.job import compress
 from kronbert.job_begin import hidden_error
 from kronbert.job_depth import base_of
 from kronbert.weight_errors import weight_errors
@@ -91,8 +91,6 @@ def test_hidden_states_are_those_of_the_layers_that_are_learnt_from():
 
 
 def test_what_is_refused(tiny_bert, tiny_task, tmp_path):
-    with pytest.raises(PlanError, match="a student has its layers"):
-        CompressSettings(model="m", task="t", output="o", factor=2, layers=1, student="s")
     with pytest.raises(PlanError, match="layers=3: expected 1 to 2"):
         compress(settings_for(tiny_bert, tiny_task, tmp_path / "out", layers=3), print)
     assert not (tmp_path / "out" / "state.json").exists()

@@ -239,6 +239,30 @@ def test_word_embeddings_may_differ_a_little(teacher, tokenizer):
     assert found(0.89) == "its teacher's word embeddings differ (cosine 0.890)"
 
 
+def test_compress_of_fewer_layers_starts_from_one_of_these(
+    named, tiny_bert, tiny_task, teacher, tokenizer, tmp_path, monkeypatch
+):
+    folder, _ = pretrained(tiny_bert, tiny_task, tmp_path, layers=1)
+    assert find_start(None, teacher, tokenizer, 3.0, None, layers=1) is None
+    shutil.copytree(folder, tmp_path / "students" / "a-shallow")
+    assert find_start(None, teacher, tokenizer, 3.0, None).name == named
+    assert find_start(None, teacher, tokenizer, 3.0, None, layers=2).name == named
+    assert find_start(None, teacher, tokenizer, 3.0, None, layers=1).name == "kronbert/a-shallow"
+    with pytest.raises(DistillError, match="it has 1 layers, 2 are asked for"):
+        find_start(str(folder), teacher, tokenizer, 3.0, None)
+    with pytest.raises(DistillError, match="it has 2 layers, 1 are asked for"):
+        find_start(named, teacher, tokenizer, 3.0, None, layers=1)
+    output = tmp_path / "compressed"
+    asked = {"student": str(folder), "layers": 1, "epochs": 0.1}
+    content = compress(settings_for(tiny_bert, tiny_task, output, **asked), lambda _: None)
+    assert content["start"] == {"name": "out", "cosine": 1.0}
+    begun, learnt = open_classifier(output / "start"), kronbert.load(folder)
+    assert begun.config.num_hidden_layers == 1
+    for name, value in learnt.state_dict().items():
+        if not name.startswith("pooler."):
+            assert torch.equal(begun.bert.state_dict()[name], value), name
+
+
 def test_compress_starts_from_it(named, learnt, tiny_bert, tiny_task, tmp_path):
     said = []
     output = tmp_path / "out"

@@ -234,6 +234,38 @@ def test_going_on_from_a_student(finished, texts, tmp_path):
     assert str(whole) not in json.dumps(content)
 
 
+def test_a_student_of_fewer_layers(finished, texts, tiny_bert, tmp_path):
+    """Its size counts against the model; its layer learns from the one whose weights it has, in a
+    run that goes on from it too; the card says its depth, and the report."""
+    output = tmp_path / "shallow"
+    report = pretrain_student(settings_for(tiny_bert, texts, output, layers=1), lambda _: None)
+    student, teacher = kronbert.load(output / "student"), AutoModel.from_pretrained(tiny_bert)
+    assert student.config.num_hidden_layers == report["student"]["layers"] == 1
+    asked = teacher.num_parameters() / 3
+    assert 0.95 * asked < student.num_parameters() <= asked
+    assert report["student"]["factor"] == teacher.num_parameters() / student.num_parameters()
+    start, end = report["held_out"]["start"], report["held_out"]["end"]
+    assert end["loss_ffn"] < 0.8 * start["loss_ffn"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    lines = " ".join(texts[1].read_text().splitlines()[:30])
+    ids = tokenizer(lines, return_tensors="pt", max_length=16, truncation=True)["input_ids"]
+    with torch.no_grad():
+        mine, theirs = (m.eval()(ids, output_hidden_states=True) for m in (student, teacher))
+    gaps = [float((mine[0] - hidden).square().mean()) for hidden in theirs.hidden_states[1:]]
+    assert gaps[1] < 0.5 * gaps[0]
+    assert " parameters for the teacher's " in (output / "student/README.md").read_text()
+    assert ", in 1 layers for its 2; its weights" in (output / "student/README.md").read_text()
+    whole = (finished[0] / "student/README.md").read_text()
+    assert f"{finished[2]['teacher']['parameters']:,}; its weights" in whole
+    going_on = settings_for(
+        tiny_bert, texts, tmp_path / "on", student=str(output / "student"), factor=None, epochs=2
+    )
+    more = pretrain_student(going_on, lambda _: None)
+    assert more["held_out"]["start"]["loss_ffn"] == pytest.approx(end["loss_ffn"], rel=1e-5)
+    assert more["held_out"]["end"]["loss_ffn"] < end["loss_ffn"]
+    assert more["student"]["factor"] == report["student"]["factor"]
+
+
 def test_sentences_point_where_the_teachers_do(finished, texts, tiny_bert, tmp_path):
     whole, settings, before, _ = finished
     student = str(whole / "student")
@@ -291,8 +323,12 @@ def test_another_pooling_is_refused(tiny_bert, texts, tmp_path):
 def test_what_does_not_go_together(masked, tiny_bert, finished, texts, tmp_path):
     with pytest.raises(PlanError, match="expected factor=, preset=, rules= or student="):
         settings_for(tiny_bert, texts, tmp_path, factor=None)
-    with pytest.raises(PlanError, match="student= has its shapes"):
+    with pytest.raises(PlanError, match="student= has its layers and shapes"):
         settings_for(tiny_bert, texts, tmp_path, student="x")
+    with pytest.raises(PlanError, match="student= has its layers and shapes"):
+        settings_for(tiny_bert, texts, tmp_path, student="x", factor=None, layers=1)
+    with pytest.raises(PlanError, match="layers=3: expected 1 to 2"):
+        pretrain_student(settings_for(tiny_bert, texts, tmp_path / "e", layers=3))
     with pytest.raises(PlanError, match="expected one of them"):
         settings_for(tiny_bert, texts, tmp_path, preset="k8")
     with pytest.raises(DistillError, match="optimizer='sgd': expected 'adamw' or 'muon'"):

@@ -120,7 +120,7 @@ def test_a_student_without_pooler_loads_strictly(tmp_path):
 
 def test_card_shows_nothing_that_is_not_in_the_report():
     report = {
-        "teacher": {"name": "a-folder", "parameters": 2000},
+        "teacher": {"name": "a-folder", "parameters": 2000, "sizes": {"num_hidden_layers": 6}},
         "student": {"parameters": 1000, "factor": 2.0, "dtype": "float16"},
         "settings": {"text": "wiki.txt", "valid": None},
         "stage": {"batch_size": 8, "learning_rate": 0.002, "scheduler": "linear", "seed": 3,
