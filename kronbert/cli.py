@@ -17,6 +17,7 @@ from .cli_options import (
     Factor,
     Keep,
     LabelColumn,
+    Layers,
     Model,
     Preset,
     Regression,
@@ -50,6 +51,7 @@ def plan(
     preset: Preset = None,
     rule: Rules = None,
     keep: Keep = None,
+    layers: Layers = None,
     weights: Annotated[
         bool, typer.Option(help="load the weights too, and print the error of every fit")
     ] = False,
@@ -60,6 +62,8 @@ def plan(
 
     import kronbert
 
+    from .inventory import skeleton
+    from .job_depth import base_of
     from .job_models import open_model, open_pretrained
 
     if save is not None:
@@ -67,8 +71,11 @@ def plan(
             raise PlanError(f"--save {save}: is a folder. Name a file in it.")
         writable(save.parent)
     source = open_model(model) if weights else open_pretrained(AutoConfig, model)
-    made = kronbert.plan(source, factor=factor, preset=preset, rules=parse_rules(rule), keep=keep)
-    out.print(made)
+    if layers is not None and not weights:
+        source = skeleton(source)
+    base, wanted = base_of(source, layers, {"factor": factor, "preset": preset})
+    made = kronbert.plan(base, **wanted, rules=parse_rules(rule), keep=keep)
+    show_plan(made, source)
     if save is not None:
         save.write_text(json.dumps(made.to_json(), indent=1) + "\n")
 
@@ -81,6 +88,7 @@ def convert(
     preset: Preset = None,
     rule: Rules = None,
     keep: Keep = None,
+    layers: Layers = None,
     from_plan: Annotated[
         Path | None, typer.Option("--plan", help="JSON that `kronbert plan --save` wrote")
     ] = None,
@@ -88,6 +96,7 @@ def convert(
     """Write an initialised student: the nearest sums of Kronecker products, not yet distilled."""
     import kronbert
 
+    from .job_depth import base_of
     from .job_models import open_model
     from .sentence_files import copy_pooling
 
@@ -96,14 +105,10 @@ def convert(
         raise PlanError(f"--output {output}: is the model itself. Choose another folder.")
     writable(output)
     dense = open_model(model)
+    base, wanted = base_of(dense, layers, {"factor": factor, "preset": preset})
     student: Any
-    if made is not None:
-        student = kronbert.convert(
-            dense, factor, preset=preset, rules=parse_rules(rule), keep=keep, plan=made
-        )
-    else:
-        student = kronbert.convert(dense, factor, preset=preset, rules=parse_rules(rule), keep=keep)
-    out.print(student.kronecker_plan)
+    student = kronbert.convert(base, **wanted, rules=parse_rules(rule), keep=keep, plan=made)
+    show_plan(student.kronecker_plan, dense)
     student.save_pretrained(output)
     copy_tokenizer(model, output)
     copy_pooling(model, output)
@@ -119,7 +124,7 @@ def compress(
     output: Annotated[str, typer.Option(help="folder for student, report and pictures")],
     factor: Factor = None,
     preset: Preset = None,
-    layers: Annotated[int | None, typer.Option(help="of the student; default: all")] = None,
+    layers: Layers = None,
     data_dir: DataDir = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
@@ -259,16 +264,19 @@ def bench(
     model: Model,
     factor: Factor = None,
     preset: Preset = None,
+    layers: Layers = None,
     batch_size: Annotated[list[int] | None, typer.Option()] = None,
     sequence_length: int = 128,
 ) -> None:
     """Latency of a model beside its converted twin, alternating in one process."""
     import kronbert
 
+    from .job_depth import base_of
     from .job_models import open_model
 
     dense = open_model(model).eval()
-    student = kronbert.convert(dense, factor, preset=preset)
+    base, wanted = base_of(dense, layers, {"factor": factor, "preset": preset})
+    student = kronbert.convert(base, **wanted)
     out.print(
         kronbert.report(
             student, dense, batch_sizes=tuple(batch_size or (1, 8)), sequence_length=sequence_length
@@ -302,6 +310,17 @@ def finish(content: dict[str, Any], output: str) -> None:
         f"{metric}: teacher {100 * teacher:.1f}, student {100 * student:.1f}; "
         f"read {Path(output) / 'report.md'}"
     )
+
+
+def show_plan(made: Any, source: Any) -> None:
+    """The plan; of fewer layers than ``source`` has, how much smaller than that model it is."""
+    out.print(made)
+    whole = getattr(source, "num_parameters", lambda: made.dense_parameters)()
+    if whole != made.dense_parameters:
+        out.print(
+            f"{whole / made.parameters:.2f} times smaller than the model of all layers, which has "
+            f"{whole:,} parameters"
+        )
 
 
 def read_plan(file: Path) -> Any:

@@ -13,6 +13,10 @@ Factor = Annotated[
     float | None, typer.Option(help="parameters before / after, whole model; 19 = 19 times smaller")
 ]
 Preset = Annotated[str | None, typer.Option(help="the paper's shapes: k5, k8, k19 or k21")]
+Layers = Annotated[
+    int | None,
+    typer.Option(help="of the student, evenly spaced of the model's; default: all", min=1),
+]
 Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", help="NAME=VALUE, VALUE: dense, 384x48*2x16, rank:4 or factor:8"),

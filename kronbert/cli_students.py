@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cli_options import Factor, Preset, Rules, parse_rules
+from .cli_options import Factor, Layers, Preset, Rules, parse_rules
 
 out = Console()
 
@@ -36,7 +36,7 @@ def pretrain_student(
     factor: Factor = None,
     preset: Preset = None,
     rule: Rules = None,
-    layers: Annotated[int | None, typer.Option(help="of the student; default: all")] = None,
+    layers: Layers = None,
     student: Annotated[
         str | None, typer.Option(help="saved student of this model to go on from")
     ] = None,

@@ -156,6 +156,29 @@ def test_rules_keep_and_plan_round_trip(teacher, tmp_path):
     assert student.bert.encoder.layer[0].intermediate.dense.a.shape[0] == 3
 
 
+def test_fewer_layers(teacher, tmp_path):
+    """The factor counts against the model of all layers, with weights or from the config alone; a
+    plan that was saved is one of the copy's."""
+    dense = AutoModelForSequenceClassification.from_pretrained(teacher)
+    asked, file = dense.num_parameters() / 3, tmp_path / "plan.json"
+    for more in ([], ["--weights"]):
+        said = run("plan", teacher, "--factor", 3, "--layers", 1, "--save", file, *more)
+        made = kronbert.Plan.from_json(json.loads(file.read_text()))
+        assert not any("layer.1." in row.size.name for row in made.layers)
+        assert 0.95 * asked < made.parameters <= asked
+        times = dense.num_parameters() / made.parameters
+        assert f"{times:.2f} times smaller than the model of all layers" in said
+    assert "of all layers" not in run("plan", teacher, "--factor", 3)
+    for name, how in {"own": ["--factor", 3], "planned": ["--plan", file]}.items():
+        said = run("convert", teacher, "--layers", 1, "--output", tmp_path / name, *how)
+        assert f"{times:.2f} times smaller than the model of all layers" in said
+        student = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        assert student.config.num_hidden_layers == 1
+        assert student.num_parameters() == made.parameters
+    last = kronbert.convert(kronbert.fewer_layers(dense, (2,)), plan=made).state_dict()
+    assert all(torch.equal(last[name], value) for name, value in student.state_dict().items())
+
+
 def test_convert_writes_model_and_tokenizer(student, teacher):
     loaded = AutoModelForSequenceClassification.from_pretrained(student)
     dense = AutoModelForSequenceClassification.from_pretrained(teacher)
@@ -227,6 +250,13 @@ def test_bench(teacher):
     text = run("bench", teacher, "--factor", 3, "--batch-size", 2, "--sequence-length", 16)
     assert "batch 2" in text
     assert "batch 8" not in text
+    shallow = run("bench", teacher, "--factor", 3, "--layers", 1, "--sequence-length", 16)
+    base = kronbert.fewer_layers(AutoModelForSequenceClassification.from_pretrained(teacher), 1)
+    student = kronbert.convert(
+        base, factor=3 * base.num_parameters() / open_model(teacher).num_parameters()
+    )
+    assert f"{student.num_parameters():,}" in shallow
+    assert f"{student.num_parameters():,}" not in text
 
 
 def test_compress(tiny_bert, tiny_task, tmp_path):
