@@ -152,18 +152,21 @@ def test_wheel_and_sdist_carry_students(tmp_path):
     save_student(tree / "kronbert" / "students" / "tiny-x3")
     for name in ("README.md", "LICENSE", "NOTICE", "tokenizer.json"):
         (tree / "kronbert" / "students" / "tiny-x3" / name).write_text("tiny\n")
+    (tree / "kronbert" / "students" / "tiny-x3" / "1_Pooling").mkdir()
+    (tree / "kronbert" / "students" / "tiny-x3" / "1_Pooling" / "config.json").write_text("{}")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     expected = {"config.json", "model.safetensors", "report.json", "README.md", "LICENSE", "NOTICE",
-                "tokenizer.json"}  # fmt: skip
+                "tokenizer.json", "1_Pooling/config.json"}  # fmt: skip
     (wheel,) = (tree / "dist").glob("*.whl")
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         listings = (zipfile.ZipFile(wheel).namelist(), archive.getnames())
     for names in listings:
         inside = "kronbert/students/tiny-x3/"
-        assert {n.rpartition(inside)[2] for n in names if inside in n} == expected
+        found = {n.rpartition(inside)[2] for n in names if inside in n}
+        assert found - {"1_Pooling"} == expected  # a tar names folders too
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = "import kronbert; print(sum(p.numel() for p in kronbert.load('kronbert/tiny-x3')"
     code += ".parameters()), kronbert.shipped_path('kronbert/tiny-x3'))"
@@ -208,3 +211,21 @@ def test_what_comes_with_the_package_embeds_sentences_as_its_teacher(minilm_path
     assert torch.equal((own @ own.T).fill_diagonal_(0).argmax(1)[:4], torch.tensor([1, 0, 3, 2]))
     pairs = torch.arange(len(SENTENCES)) // 2
     assert torch.equal((own @ theirs.T).argmax(1) // 2, pairs)  # itself, or what says the same
+
+
+@pytest.mark.parametrize("name", ["kronbert/minilm-x8", "kronbert/minilm-x19"])
+def test_sentence_transformers_opens_what_comes_with_the_package(minilm_path, name):
+    """With the teacher's pooling and what follows it: means, of length 1."""
+    kind = pytest.importorskip("sentence_transformers").SentenceTransformer
+    student, teacher = (
+        kind(str(folder), device="cpu") for folder in (kronbert.shipped_path(name), minilm_path)
+    )
+    found = student.encode(list(SENTENCES), convert_to_tensor=True)
+    batch = student.tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+    mask = batch["attention_mask"][..., None]
+    with torch.no_grad():
+        states = kronbert.load(name).eval()(**batch).last_hidden_state
+    means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1))
+    torch.testing.assert_close(found, means, atol=1e-5, rtol=0)
+    assert [type(part) for part in student] == [type(part) for part in teacher]
+    assert student.max_seq_length == teacher.max_seq_length
