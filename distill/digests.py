@@ -32,7 +32,8 @@ def rows_digest(rows: datasets.Dataset) -> str:
         for name in sorted(batch.column_names):
             values = batch.column(name).combine_chunks()
             seen.update(name.encode())
-            if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+            listed = pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type)
+            if listed and pyarrow.types.is_primitive(values.type.value_type):
                 seen.update(np.asarray(values.value_lengths()).tobytes())
                 seen.update(values.flatten().to_numpy(zero_copy_only=False).tobytes())
             else:

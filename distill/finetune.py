@@ -30,7 +30,7 @@ from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.freed import ReleaseFreed
 from kronbert.distill.held_out import HeldOut, held_out_batches
 from kronbert.distill.objectives import Objective, Term
-from kronbert.distill.pieces import Pieces
+from kronbert.distill.pieces import BatchMasks, Pieces
 from kronbert.distill.sampling import SeededSampler
 from kronbert.distill.stages import Stage
 from kronbert.distill.taps import inputs_of
@@ -100,6 +100,11 @@ def run_stage(
             **arguments,
         },
     )
+    if stage.pieces and task:
+        raise DistillError(
+            f"Stage({stage.name!r}, pieces={stage.pieces}): task rows have lengths of their own; "
+            "only packed text is cut. Leave pieces out."
+        )
     rows = training_rows(data, stage) if isinstance(data, TaskData) else data
     states: States | None = None
     if stage.cache_teacher:
@@ -112,14 +117,9 @@ def run_stage(
         collator: Any = DataCollatorWithPadding(tokenizer)
     else:
         mlm = stage.objective.label_tap == "mlm"
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=mlm)
+        collator = BatchMasks(DataCollatorForLanguageModeling(tokenizer, mlm=mlm))
     whole = collator
     if stage.pieces:
-        if task:
-            raise DistillError(
-                f"Stage({stage.name!r}, pieces={stage.pieces}): task rows have lengths of their "
-                "own; only packed text is cut. Leave pieces out."
-            )
         collator = Pieces(collator, stage.pieces, tokenizer)
     if states is not None:
         collator = WithStates(collator, states)
@@ -223,9 +223,22 @@ class _StageTrainer(DistillTrainer):
 
     mixed = False
 
+    def _run_epoch(self, **told: Any) -> Any:  # type: ignore[override]
+        """Not one more step of an epoch of which the stage has a part, resumed at its last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(**told)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
-        grouped = self.args.train_sampling_strategy == "group_by_length"
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length"):
+            raise DistillError(
+                f"run_stage(train_sampling_strategy={strategy!r}): expected 'random' or "
+                "'group_by_length'. For others use DistillTrainer."
+            )
+        grouped = strategy == "group_by_length"
         return SeededSampler(
             len(rows),
             row_lengths(rows) if grouped else None,
@@ -362,7 +375,7 @@ def use_bf16(precision: str) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return not {"amx_tile", "avx512_bf16"}.isdisjoint(_cpu_flags().split())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from kronbert.errors import DistillError
 
@@ -40,6 +41,20 @@ class Pieces:
         ones = [1] * length
         cut = [{"input_ids": part, "attention_mask": ones} for part in parts.tolist()]
         return self.collator(cut)
+
+
+class BatchMasks:
+    """A collator whose random masks follow from the batch: a resumed run masks the words that the
+    interrupted one would have, however many batches were collated ahead."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        ids = (token for row in rows for token in row["input_ids"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sum(place * int(token) for place, token in enumerate(ids, start=1)))
+            return self.collator(rows)
 
 
 def check_pieces(where: str, lengths: Sequence[int], block: int) -> None:

@@ -96,6 +96,7 @@ def search_rates(
     start = {
         "student": model_digest(student),
         "data": f"{data.source}; {data_digest(data)}",
+        "metric": data.task.primary,
         "precision": options.get("precision", "auto"),
     }
     if more := {name: value for name, value in options.items() if name not in HARMLESS}:

@@ -85,6 +85,11 @@ class Stage:
         object.__setattr__(self, "pieces", tuple(self.pieces))
         check_pieces(f"Stage({self.name!r})", self.pieces, self.max_length)
         check_switches(f"Stage({self.name!r})", self)
+        if self.cache_teacher and self.pieces:
+            raise DistillError(
+                f"Stage({self.name!r}): cache_teacher and pieces: what the teacher gives for whole "
+                "blocks is not what it gives for pieces. Leave one out."
+            )
         needed = self.objective.teacher_taps
         if self.cache_teacher and not (needed and needed <= CACHED):
             raise DistillError(

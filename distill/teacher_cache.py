@@ -165,13 +165,22 @@ class _Reader:
             mixed = torch.autocast(device.type, self.autocast)  # type: ignore[assignment]
         with torch.inference_mode(), mixed:
             if self.taps is None:
-                return _plain(self.teacher(**given).logits), None
+                return self._logits(given), None
             with self.taps.capture() as seen:
-                logits = self.teacher(**given).logits
+                logits = self._logits(given)
             tokens = given["attention_mask"].bool()
             each = [seen.ffn[layer] if layer else seen.embedding for layer in self.layers]
             states = torch.stack([state[tokens] for state in each if state is not None], dim=1)
-            return _plain(logits), np.asarray(states.half().cpu().numpy())
+            return logits, np.asarray(states.half().cpu().numpy())
+
+    def _logits(self, given: Mapping[str, Tensor]) -> np.ndarray:
+        logits = getattr(self.teacher(**given), "logits", None)
+        if logits is None:
+            raise DistillError(
+                f"cache_teacher: {type(self.teacher).__name__} has no head, so it gives no logits. "
+                "Give the teacher of a task, or set cache_teacher=False."
+            )
+        return np.asarray(logits.float().cpu().numpy())
 
 
 def _compute(
@@ -256,10 +265,6 @@ def _need_space(folder: Path, wanted: int) -> None:
             f"cache_teacher: the teacher's hidden states take {wanted / 1e9:.1f} GB, but "
             f"{folder} has {free / 1e9:.1f} GB left. Set cache_teacher=False, or make room."
         )
-
-
-def _plain(logits: Tensor) -> np.ndarray:
-    return np.asarray(logits.float().cpu().numpy())
 
 
 def _starts(lengths: Sequence[int]) -> np.ndarray:

@@ -91,8 +91,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
 }
 """What is different from `TEACHER`: the best of two to four tries on the dev set each. From MNLI's
 encoder (12,988 rows of it and 20,000 of SNLI, --snli-dir) RTE is at 63.2 to 67.5 instead of 57.8,
-STS-B at 87.1 to 87.6 instead of 85.2; without SNLI's at 66.4 and 86.8. MRPC gains nothing. QQP's is as
-SST-2's is, for want of time to try others."""
+STS-B at 87.1 to 87.6 instead of 85.2; without SNLI's at 66.4 and 86.8. MRPC gains nothing. QQP's is
+as SST-2's is, for want of time to try others."""
 
 WITH_SNLI = ("mnli",)
 """Tasks whose teacher also learns from the rows of --snli-dir: where no more than a subset of

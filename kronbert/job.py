@@ -51,6 +51,7 @@ def compress(settings: CompressSettings, say: Say = print, data: Any = None) -> 
         folder = JobFolder(settings.output, asdict(settings), say)
         report = folder.path / "report.json"
         if not (folder.done("report") and report.is_file()):
+            folder.forget("report")
             with quiet():
                 _Job(settings, folder, data).run()
         else:
@@ -86,6 +87,7 @@ class _Job:
         from transformers import AutoConfig
 
         from .distill.data import tokenize
+        from .distill.unlabelled import training_rows
 
         self.settings, self.folder = settings, folder
         self.wanted: dict[str, Any] = {"factor": settings.factor, "preset": settings.preset}
@@ -111,6 +113,8 @@ class _Job:
             table = self.dense[0].get_input_embeddings().weight.detach()
             check_more_rows(self.data, settings, self.schedule.tokens_wanted, self.tokenizer, table)
         self.rows = tokenize(self.data, self.tokenizer, self.max_length)
+        for stage in self.schedule.on_task:
+            training_rows(self.rows, stage)  # rows without a label, which the data may have
         self.cut = cut_rows(self.data, self.tokenizer, self.max_length, most)
         self.tokenizer.init_kwargs["max_length"] = self.max_length  # saved; evaluate's default
         if settings.stage1_text and not folder.done("stage1"):

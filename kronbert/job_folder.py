@@ -104,6 +104,10 @@ class JobFolder:
     def done(self, *steps: str) -> bool:
         return all(name in self.state["steps"] for name in steps)
 
+    def forget(self, name: str) -> None:
+        """A step whose files are gone is to be done again."""
+        self.state["steps"].pop(name, None)
+
     def step(self, name: str, what: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a step: run now, or kept from before the interruption.
 

@@ -66,7 +66,9 @@ def open_data(
 def cut_rows(data: Any, tokenizer: Any, length: int, most: int) -> str | None:
     """What share of `MEASURED` training rows is longer than ``length`` tokens, and what a larger
     one, ``most`` at most, would do about it; None below one in a hundred."""
-    tokens = _lengths(data, tokenizer, most)
+    texts = [_drawn(data)[name][:] for name in data.task.text]
+    whole = tokenizer(*texts, truncation=False, verbose=False)["input_ids"]
+    tokens = [len(row) for row in whole]
 
     def share(given: int) -> float:
         return 100 * sum(count > given for count in tokens) / len(tokens)
@@ -77,6 +79,8 @@ def cut_rows(data: Any, tokenizer: Any, length: int, most: int) -> str | None:
     enough = [n for n in (256, 512) if length < n < most and share(n) < 5]
     if enough:
         return f"{said}; --max-length {enough[0]} cuts {share(enough[0]):.0f} %"
+    if length >= most:
+        return f"{said}, the most that the model takes"
     return f"{said}; --max-length {most} is the most that the model takes"
 
 
@@ -100,16 +104,20 @@ def _lengths(data: Any, tokenizer: Any, max_length: int | None) -> list[int]:
     """Tokens of `MEASURED` training rows."""
     from .distill.data import tokenize
 
-    drawn = data.train.shuffle(seed=0).select(range(min(MEASURED, len(data.train))))
-    sample = replace(data, train=drawn, validation={}, unlabelled=None)
+    sample = replace(data, train=_drawn(data), validation={}, unlabelled=None)
     return [len(row) for row in tokenize(sample, tokenizer, max_length).train["input_ids"]]
+
+
+def _drawn(data: Any) -> Any:
+    return data.train.shuffle(seed=0).select(range(min(MEASURED, len(data.train))))
 
 
 def check_more_rows(
     data: Any, settings: CompressSettings, tokens_wanted: int, tokenizer: Any, table: Tensor
 ) -> None:
     """Raise `DataError`, before anything is trained, if `more_rows` could not make its rows."""
-    head = replace(data, train=data.train.select(range(min(SAMPLE, len(data.train)))))
+    drawn = data.train.shuffle(seed=0).select(range(min(SAMPLE, len(data.train))))
+    head = replace(data, train=drawn)
     spliced = min(_splices(data, settings, tokens_wanted, tokenizer), 1)
     once = replace(settings, splice=0, augment=min(settings.augment, 1))
     more_rows(head, once, 0, tokenizer, table, text_rows=1)

@@ -128,6 +128,7 @@ def pretrain_student(settings: PretrainSettings, say: Say = print) -> dict[str, 
         if folder.done("report") and report.is_file():
             say(f"finished before: {report} (the text was not read again)")
         else:
+            folder.forget("report")
             with quiet():
                 _Pretraining(settings, folder).run()
     content: dict[str, Any] = json.loads(report.read_text())
@@ -169,7 +170,8 @@ class _Pretraining:
         said = f"{len(rows)} {kind} {self.stage.max_length} tokens"
         if held_out is not None:
             said += f", {len(held_out)} held out"
-        folder.begin(said, rows_digest(rows)[:16])
+        texts = {} if held_out is None else {"valid": rows_digest(held_out)[:16]}
+        folder.begin(said, rows_digest(rows)[:16], texts)
 
     def _make_stage(self) -> Any:
         from .distill.finetune import use_bf16

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -148,6 +149,24 @@ def test_keep_last_leaves_the_end(tiny_bert, rows, tokenizer, tmp_path):
     assert torch.equal(again.classifier.weight, model.classifier.weight)
 
 
+@pytest.mark.parametrize("changes", [{"scheduler": "constant"}, {"ema": 0.9}])
+def test_a_part_of_an_epoch_ends_where_it_ended(changes, tiny_bert, rows, tokenizer, tmp_path):
+    """Resumed after the last step there is no further one."""
+    stage = replace(STAGE, epochs=0.5, **changes)
+    given = {"tokenizer": tokenizer, "precision": "fp32", "keep_last": True}
+    models = [model_of(tiny_bert), model_of(tiny_bert)]
+    logs = [run_stage(model, None, stage, rows, tmp_path, **given) for model in models]
+    assert logs[0][-1]["step"] == logs[1][-1]["step"] == 8
+    first, again = map(state_of, models)
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def test_another_order_of_rows_is_refused(tiny_bert, rows, tokenizer, tmp_path):
+    given = {"tokenizer": tokenizer, "train_sampling_strategy": "sequential"}
+    with pytest.raises(DistillError, match="expected 'random' or 'group_by_length'"):
+        run_stage(model_of(tiny_bert), None, STAGE, rows, tmp_path, **given)
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
              "trainer_state.json"],
@@ -260,6 +279,14 @@ def test_precision(monkeypatch):
     assert not use_bf16("auto")
     with pytest.raises(DistillError, match="expected 'auto', 'bf16' or 'fp32'"):
         use_bf16("fp16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in ((7, 5), (8, 0)):  # T4 emulates bf16, A100 has it
+        given = {"major": capability[0], "minor": capability[1]}
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        properties = SimpleNamespace(**given)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_, p=properties: p)
+        assert use_bf16("auto") == (capability >= (8, 0))
 
 
 def test_freed_memory_is_given_back_all_along(tiny_bert, rows, tokenizer, tmp_path, monkeypatch):

@@ -109,6 +109,16 @@ def test_second_call_reads_the_state(finished, monkeypatch):
     assert said == [f"finished before: {folder / 'report.md'} (the data were not read again)"]
 
 
+def test_a_report_that_is_gone_is_written_again(finished, tmp_path):
+    folder, settings, content, _ = finished
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    (copied / "report.json").unlink()
+    said = []
+    again = compress(replace(settings, output=str(copied)), said.append)
+    assert again["scores"] == content["scores"]
+    assert [line.endswith("done before") for line in said if "/5 " in line] == [True] * 4 + [False]
+
+
 def test_second_call_looks_at_data_of_the_caller(finished, tiny_task, monkeypatch):
     """A notebook's next data set, and the output folder of the last one."""
     folder, settings, content, _ = finished

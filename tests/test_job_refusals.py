@@ -12,8 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from kronbert import job as job_module
 from kronbert.distill.checks import has_masked_lm
 from kronbert.distill.data import load_folder
+from kronbert.distill.splicing import splice
+from kronbert.distill.unlabelled import with_unlabelled
 from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
+from kronbert.job_folder import JobFolder
 from kronbert.job_models import open_teacher
 from kronbert.pretrain import PretrainSettings
 from tests.job_runs import settings_for, task_of_classes
@@ -139,7 +142,14 @@ def test_stages_that_cannot_be(refuse, tmp_path):
     refuse(DataError, "do not fill one block", stage1_text=str(text))
 
 
-def test_rows_without_a_label_that_cannot_be(refuse, tiny_task, tmp_path):
+def test_labels_that_rows_lack(refuse, tiny_bert, tiny_task, tmp_path, monkeypatch):
+    data = load_folder(tiny_task)
+    data = with_unlabelled(data, splice(data, count=8))
+    monkeypatch.setattr(job_module, "open_data", lambda *_, **__: data)
+    refuse(DistillError, "learns from labels, but 8 of", factor=None, preset="k8")
+
+
+def test_rows_without_a_label_that_cannot_be(refuse, tiny_bert, tiny_task, tmp_path):
     refuse(DataError, "no such file", unlabelled=str(tmp_path / "none.txt"))
     (tmp_path / "short.txt").write_text("film\n")
     refuse(DataError, "no sentence in it", unlabelled=str(tmp_path / "short.txt"))
@@ -150,6 +160,11 @@ def test_rows_without_a_label_that_cannot_be(refuse, tiny_task, tmp_path):
         (numbers / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
     match = "no word of the training rows can be replaced"
     refuse(DataError, match, task=str(numbers), augment=1)
+    head = [f"{i} {i + 1}\t{('good', 'bad')[i % 2]}" for i in range(64)]
+    tail = [f"the film was kind\t{('good', 'bad')[i % 2]}" for i in range(200)]
+    (numbers / "train.tsv").write_text("\n".join(["text\tlabel", *head, *tail]) + "\n")
+    settings = settings_for(tiny_bert, numbers, tmp_path / "sorted", augment=1, splice=0)
+    job_module._Job(settings, JobFolder(str(tmp_path / "sorted"), {}, print), None)
     match = "1 training rows, expected 2 or more.* --splice 0"
     refuse(DataError, match, limit=1, splice=None)
 

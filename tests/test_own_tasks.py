@@ -179,6 +179,7 @@ def test_rows_that_are_cut_are_named(tiny_bert, tmp_path):
         (10, 40, 16, 256, "--max-length 256 is the most that the model takes"),
         (10, 40, 16, 1024, "--max-length 512 cuts 0 %"),  # 256 would cut as many
         (1, 50, 280, 1024, "--max-length 512 cuts 0 %"),  # and 256 is less than it has
+        (10, 40, 64, 64, "25 % of the rows are longer than 64 tokens and are cut there, the most"),
     ],
 )
 def test_the_length_that_would_cut_fewer_rows(long, rows, length, most, said, tiny_bert, tmp_path):

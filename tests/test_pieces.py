@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 from kronbert.distill import Objective, Stage, Term
 from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.finetune import run_stage
-from kronbert.distill.pieces import Pieces
+from kronbert.distill.pieces import BatchMasks, Pieces
 from kronbert.distill.recipes.kronbert import general_stage
 from kronbert.distill.text import load_text, pack_text
 from kronbert.errors import DistillError
@@ -59,6 +59,21 @@ def test_masked_words_are_drawn_in_the_pieces(blocks, tokenizer):
     masked = found["labels"] != -100
     assert masked.any()
     assert not masked[:, [0, -1]].any()
+
+
+def test_masks_follow_from_the_batch(blocks, tokenizer):
+    """However often a batch is collated, and whatever was drawn before; nothing else is drawn."""
+    masks = BatchMasks(DataCollatorForLanguageModeling(tokenizer, mlm=True))
+    rows = [batch(blocks, start) for start in (0, 4, 8)]
+    torch.manual_seed(1)
+    first = [masks(one)["labels"] for one in rows]
+    drawn = torch.rand(1)
+    again = [masks(one)["labels"] for one in rows]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(masks(rows[0][::-1])["labels"].flip(0), first[0])
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)
 
 
 @pytest.mark.parametrize("missing", ["cls_token", "sep_token"])

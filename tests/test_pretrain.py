@@ -168,6 +168,39 @@ def test_killed_run_resumes_to_the_same_student(finished, texts, tmp_path, monke
     assert last <= round(rate) < again["steps"]  # the speed is that of the steps done since
 
 
+def test_masked_words_are_the_same_after_a_kill(masked, texts, tmp_path, monkeypatch):
+    given = {"factor": 2.5, "epochs": 2}
+    settings = [settings_for(masked, texts, tmp_path / name, **given) for name in "ab"]
+    steps = pretrain_student(settings[0], lambda _: None)["steps"]
+    real = finetune._StageTrainer.train
+
+    def train(self, *args, **kwargs):
+        self.add_callback(_Interrupt(steps // 2))
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune._StageTrainer, "train", train)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_student(settings[1], lambda _: None)
+    pretrain_student(settings[1], lambda _: None)
+    whole, found = (load_file(tmp_path / name / "student/model.safetensors") for name in "ab")
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_a_report_that_is_gone_is_written_again(tiny_bert, texts, tmp_path):
+    dev = shutil.copy(texts[1], tmp_path / "dev.txt")
+    settings = settings_for(tiny_bert, (texts[0], dev), tmp_path / "out", epochs=0.2)
+    report = pretrain_student(settings, lambda _: None)
+    (tmp_path / "out" / "report.json").unlink()
+    said = []
+    assert pretrain_student(settings, said.append) == report
+    assert any(line.endswith("done before") for line in said)
+    (tmp_path / "out" / "report.json").unlink()
+    dev.write_text("\n".join(reversed(dev.read_text().splitlines())))
+    with pytest.raises(CheckpointError, match="began with another text in valid"):
+        pretrain_student(settings, lambda _: None)
+
+
 def test_one_process_at_a_time(tiny_bert, texts, tmp_path):
     settings = settings_for(tiny_bert, texts, tmp_path / "held")
     (tmp_path / "held").mkdir()
@@ -204,7 +237,9 @@ def test_measuring_changes_no_weight(finished, texts, tmp_path):
 
 def test_masked_lm_head_is_trained_and_half_loads_as_float32(masked, texts, tmp_path):
     output = tmp_path / "out"
-    settings = settings_for(masked, texts, output, half=True, factor=2.5, valid_blocks=5, epochs=6)
+    settings = settings_for(
+        masked, texts, output, half=True, factor=2.5, valid_blocks=50, epochs=12
+    )
     content = pretrain_student(settings, lambda _: None)
     start, end = content["held_out"]["start"], content["held_out"]["end"]
     assert end["loss_mlm"] < 0.9 * start["loss_mlm"]
@@ -218,7 +253,7 @@ def test_masked_lm_head_is_trained_and_half_loads_as_float32(masked, texts, tmp_
         assert {value.dtype for value in student.parameters()} == {torch.float32}
         assert student.config.dtype is torch.float32
     assert content["student"]["class"] == "BertForMaskedLM"
-    assert json.loads((output / "curve.json").read_text())["data"].endswith("5 held out")
+    assert json.loads((output / "curve.json").read_text())["data"].endswith("50 held out")
 
 
 def test_going_on_from_a_student(finished, texts, tmp_path):

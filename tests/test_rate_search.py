@@ -96,6 +96,9 @@ def test_results_of_another_search_are_refused(student, rows, tokenizer, tmp_pat
     for options in ({**given, "max_steps": 2}, {"tokenizer": tokenizer, "precision": "fp32"}):
         with pytest.raises(DistillError, match=r"result of another search \(other options\)"):
             search_rates(student, None, STAGE, rows, tmp_path, [1e-4], **options)
+    ranked = replace(rows, task=replace(rows.task, metrics=("macro_f1",), primary="macro_f1"))
+    with pytest.raises(DistillError, match=r"result of another search \(other metric\)"):
+        search_rates(student, None, STAGE, ranked, tmp_path, [1e-4], **given)
     teacher = copy.deepcopy(student)
     with pytest.raises(DistillError, match=r"result of another search \(other teacher\)"):
         search_rates(student, teacher, STAGE, rows, tmp_path, [1e-4], **given)

@@ -17,6 +17,11 @@ def a_stage(**changes):
     return Stage(**given | changes)
 
 
+def test_pieces_of_text_have_no_cached_teacher():
+    with pytest.raises(DistillError, match="cache_teacher and pieces"):
+        a_stage(pieces=(16, 32), cache_teacher=True)
+
+
 def test_stage_survives_json():
     stage = a_stage(batch_size=48, scheduler="cosine", warmup_ratio=0.0)
     assert Stage.from_json(stage.to_json()) == stage

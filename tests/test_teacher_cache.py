@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -342,6 +343,10 @@ def test_what_has_no_vector_per_row(tiny_bert, rows, tokenizer, tmp_path):
             rows.train, AutoModelForMaskedLM.from_pretrained(tiny_bert), tmp_path,
             tokenizer=tokenizer,
         )  # fmt: skip
+    with pytest.raises(DistillError, match="BertModel has no head, so it gives no logits"):
+        with_teacher_logits(
+            rows.train, AutoModel.from_pretrained(tiny_bert), tmp_path, tokenizer=tokenizer
+        )
     with pytest.raises(DistillError, match="no training rows"):
         with_teacher_logits(
             rows.train.select([]), a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer
