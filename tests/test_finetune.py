@@ -280,6 +280,7 @@ def test_precision(monkeypatch):
     with pytest.raises(DistillError, match="expected 'auto', 'bf16' or 'fp32'"):
         use_bf16("fp16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda *_: True)
     for capability in ((7, 5), (8, 0)):  # T4 emulates bf16, A100 has it
         given = {"major": capability[0], "minor": capability[1]}
         monkeypatch.setattr(torch.version, "cuda", "12.8")
