@@ -165,7 +165,7 @@ TABLE = {
     "student_card": Row("job_models", lazily="__init__", outside_lazily="torch transformers"),
     "sentence_files": Row(outside_lazily="huggingface_hub"),
     "pretrain": Row(
-        "errors job_folder job_models sentence_files shipped student_card",
+        "errors job_depth job_folder job_models sentence_files shipped student_card",
         lazily="checkpoint conversion distill.* job_begin job_start pictures",
         outside_lazily="torch transformers",
     ),
@@ -185,7 +185,8 @@ TABLE = {
     "cli_students": Row("cli_options", lazily="pretrain shipped", outside="rich typer"),
     "cli": Row(
         "__init__ errors job_folder cli_calibrate cli_options cli_students",
-        lazily="__init__ planning presets job job_models job_scores demo sentence_files",
+        lazily="__init__ demo inventory job job_depth job_models job_scores planning presets"
+        " sentence_files",
         outside="rich typer",
         outside_lazily="transformers",
     ),
