@@ -19,8 +19,11 @@ from kronbert.errors import DataError, DistillError
 # sentences short.
 _END = re.compile(r"([.!?][\"')\]]*)\s+(?=[\"'(\[]?[A-Z0-9])")
 
+MODULES = "modules.json"
+"""Where sentence-transformers lists what follows an encoder."""
+
 POOLING = "1_Pooling/config.json"
-"""Where sentence-transformers says how token states become one embedding."""
+"""Where it says how token states become one embedding, unless `MODULES` names another folder."""
 
 
 def split_sentences(paragraph: str) -> list[str]:
@@ -68,22 +71,32 @@ def sentence_rows(
 def check_pooling(model: str) -> None:
     """Raise `DistillError` where a sentence encoder takes something else than the mean over its
     tokens' last hidden states. Nothing is known of a model without `POOLING`."""
-    from transformers.utils import cached_file
-
-    path = Path(model).expanduser() / POOLING
-    if not Path(model).expanduser().is_dir():
-        try:
-            path = Path(str(cached_file(model, POOLING)))
-        except (OSError, ValueError):
-            return
-    if not path.is_file():
+    listed = _file_of(model, MODULES)
+    modules = json.loads(listed.read_text()) if listed else []
+    places = [one["path"] for one in modules if str(one.get("type")).endswith("Pooling")]
+    place = f"{places[0]}/config.json" if places else POOLING
+    path = _file_of(model, place)
+    if path is None:
         return
     told = json.loads(path.read_text())
     ways = [key for key, value in told.items() if key.startswith("pooling_mode") and value is True]
     way = told.get("pooling_mode") or " and ".join(ways)
     if way not in ("mean", "pooling_mode_mean_tokens"):
         raise DistillError(
-            f"{model}: its sentence embedding is {way or 'unknown'} ({POOLING}); the term "
+            f"{model}: its sentence embedding is {way or 'unknown'} ({place}); the term "
             "'sentence' compares means over tokens. Leave sentences out: hidden states are learnt "
             "all the same."
         )
+
+
+def _file_of(model: str, name: str) -> Path | None:
+    """A file of the model's folder or repository; None where it has none."""
+    from transformers.utils import cached_file
+
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(str(cached_file(model, name)))
+    except (OSError, ValueError):
+        return None

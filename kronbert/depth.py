@@ -36,7 +36,8 @@ def fewer_layers(model: nn.Module, layers: int | Sequence[int]) -> Any:
     if not isinstance(model, PreTrainedModel) or not isinstance(depth, int):
         raise PlanError(
             f"fewer_layers({type(model).__name__}): expected a model of transformers whose config "
-            "has num_hidden_layers. Of a wrapper give the model inside."
+            "has num_hidden_layers. Of a wrapper give the model inside; of a SentenceTransformer "
+            "model[0].model."
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise PlanError(

@@ -73,6 +73,10 @@ def inventory(model_or_config: Any) -> Inventory:
         if tied:
             kind = "head"
         because = _dense_reason(name, module, kind, model_type)
+        if _is_beside(name, roots) and hasattr(
+            model, "save_pretrained"
+        ):  # as a SentenceTransformer does
+            because = "no config would hold its shapes: it lies outside the model of transformers"
         if id(weight) in outside:
             because = f"it shares its weight with {outside[id(weight)]!r}"
         if readers[id(weight)] > 1:
@@ -82,7 +86,7 @@ def inventory(model_or_config: Any) -> Inventory:
             LayerSize(
                 name=name,
                 kind=kind,
-                group=group_of(inner_name(name, roots), kind),
+                group=group_within(name, kind, roots),
                 out=out,
                 inner=inner,
                 tied_to=tied,
@@ -148,10 +152,20 @@ def roots_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def inner_name(name: str, roots: Iterable[str]) -> str:
-    """A layer's name in the model of transformers that holds it: a wrapper's numbers count none."""
+def _is_beside(name: str, roots: Iterable[str]) -> bool:
+    """Whether a wrapper's layer lies outside of the models of transformers that it holds."""
+    starts = [f"{root}." for root in roots if root]
+    return bool(starts) and not any(name.startswith(start) for start in starts)
+
+
+def group_within(name: str, kind: Kind, roots: Iterable[str]) -> Group:
+    """`group_of` in the model of transformers that holds the layer: a wrapper's numbers count
+    none, and its own layers are others."""
+    roots = tuple(roots)
+    if _is_beside(name, roots) and kind in ("linear", "conv1d"):
+        return "other"
     outer = next((f"{root}." for root in roots if root and name.startswith(f"{root}.")), "")
-    return name.removeprefix(outer)
+    return group_of(name.removeprefix(outer), kind)
 
 
 def group_of(name: str, kind: Kind) -> Group:

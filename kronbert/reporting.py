@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import check_schema
 from .errors import ReportError
-from .inventory import group_of, inner_name, inventory, roots_of
+from .inventory import group_within, inventory, roots_of
 from .latency import (
     Timing,
     compare_models,
@@ -263,7 +263,7 @@ def linear_flops(model: nn.Module, sequence_length: int = 128) -> int:
             size = LayerSize(
                 name=name,
                 kind="linear",
-                group=group_of(inner_name(name, roots), "linear"),
+                group=group_within(name, "linear", roots),
                 out=module.out_features,
                 inner=module.in_features,
             )

@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
-BESIDE = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
-"""Files of sentence-transformers beside those of transformers."""
+MODULES = "modules.json"
+BESIDE = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
+"""Files of sentence-transformers beside those of transformers; of the last the middle is the
+encoder's kind, for instance bert."""
 
 
 def copy_pooling(source: str, output: str | Path) -> None:
@@ -17,15 +19,15 @@ def copy_pooling(source: str, output: str | Path) -> None:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         folder = _fetched(source)
-    listed = folder / BESIDE[0]
+    listed = folder / MODULES
     if not listed.is_file():
         return
     modules = json.loads(listed.read_text())
     if not modules or modules[0].get("path"):
         return  # the encoder lies in a folder of its own, which is the one that was not opened
-    for name in BESIDE:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, Path(output, name))
+    for pattern in BESIDE:
+        for file in folder.glob(pattern):
+            shutil.copyfile(file, Path(output, file.name))
     for module in modules[1:]:
         if (folder / module["path"]).is_dir():
             shutil.copytree(

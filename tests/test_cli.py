@@ -285,8 +285,12 @@ def test_the_pooling_of_a_sentence_encoder_is_kept(tiny_bert, tmp_path):
     pooled = [parts.Pooling(32, pooling_mode="cls"), parts.Normalize()]
     model = SentenceTransformer(modules=[parts.Transformer(str(tiny_bert)), *pooled], device="cpu")
     model.save_pretrained(str(tmp_path / "model"))
+    for file in (tmp_path / "model").glob("sentence_*_config.json"):
+        file.unlink()
+    (tmp_path / "model" / "sentence_roberta_config.json").write_text('{"max_seq_length": 7}')
     run("convert", tmp_path / "model", "--output", tmp_path / "x", "--rule",
         "re:.*query=rank:31")  # fmt: skip
+    assert (tmp_path / "x" / "sentence_roberta_config.json").is_file()
     student = SentenceTransformer(str(tmp_path / "x"), device="cpu")
     said = ["a good film", "the soup was bad"]
     expected, found = (one.encode(said, convert_to_tensor=True) for one in (model, student))

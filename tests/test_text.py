@@ -227,6 +227,21 @@ def test_the_mean_over_tokens_is_the_only_pooling(tmp_path, told, way):
 
 def test_the_pooling_of_an_encoder_on_the_hub(tmp_path, monkeypatch):
     told = write(tmp_path / "1_Pooling" / "config.json", '{"pooling_mode": "cls"}')
-    monkeypatch.setattr("transformers.utils.cached_file", lambda model, name: str(told))
+    files = {"1_Pooling/config.json": told, "modules.json": write(tmp_path / "modules.json", "[]")}
+    monkeypatch.setattr("transformers.utils.cached_file", lambda model, name: str(files[name]))
     with pytest.raises(DistillError, match="someone/encoder: its sentence embedding is cls "):
         check_pooling("someone/encoder")
+
+
+def test_the_pooling_lies_where_the_list_of_modules_says(tmp_path):
+    kinds = {"": "Transformer", "1_Dense": "Dense", "2_Pooling": "Pooling"}
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in kinds.items()
+    ]
+    write(tmp_path / "modules.json", json.dumps(modules))
+    write(tmp_path / "1_Pooling" / "config.json", '{"pooling_mode": "mean"}')
+    check_pooling(str(tmp_path))  # the list names a folder that is not there
+    write(tmp_path / "2_Pooling" / "config.json", '{"pooling_mode": "cls"}')
+    with pytest.raises(DistillError, match=r"is cls \(2_Pooling/config.json\)"):
+        check_pooling(str(tmp_path))

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 import kronbert
+from kronbert.errors import PlanError
 from tests.small_berts import IDS, SMALL, classifier
 
 
@@ -69,6 +70,30 @@ def test_a_sentence_transformer_is_saved_by_itself(tiny_bert, tmp_path):
     assert any(isinstance(m, kronbert.KroneckerLinear) for m in again.modules())
     texts = ["a good film", "a bad one"]
     assert (again.encode(texts) == student.encode(texts)).all()
+
+
+def test_layers_beside_the_encoder_stay_dense(tiny_bert, tmp_path):
+    """A SentenceTransformer's own: no config would hold their shapes."""
+    parts = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    from sentence_transformers import SentenceTransformer
+
+    own = [parts.Pooling(32, pooling_mode="cls"), parts.Dense(32, 24), parts.Normalize()]
+    model = SentenceTransformer(modules=[parts.Transformer(str(tiny_bert)), *own], device="cpu")
+    (dense,) = (x for x in kronbert.plan(model, factor=3, errors=False).layers if not x.groups
+                and x.size.name.startswith("2."))  # fmt: skip
+    assert dense.size.group == "other"
+    assert "outside the model of transformers" in dense.size.dense_because
+    with pytest.raises(PlanError, match="outside the model of transformers"):
+        kronbert.plan(model, rules={"2.linear": {"rank": 2}}, errors=False)
+    student = kronbert.convert(model, factor=3)
+    student.save_pretrained(str(tmp_path / "student"))
+    again = SentenceTransformer(str(tmp_path / "student"), device="cpu")
+    texts = ["a good film", "a bad one"]
+    assert (again.encode(texts) == student.encode(texts)).all()
+    holder = torch.nn.ModuleDict({"encoder": model[0].model, "2": torch.nn.Linear(320, 320)})
+    layers = {x.size.name: x for x in kronbert.plan(holder, factor=3, errors=False).layers}
+    assert layers["2"].groups  # a module that its user saves
+    assert layers["2"].size.group == "other"
 
 
 def test_a_part_with_a_config_of_its_own_is_saved_alone(tmp_path):
