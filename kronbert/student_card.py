@@ -156,8 +156,9 @@ def _learnt(report: Mapping[str, Any]) -> str:
     if report["settings"].get("sentences"):
         return (
             "Distilled on general text, its sentence embeddings last: means over tokens, to be "
-            "compared by their cosines as the teacher's are. For a task fine-tune it, or let "
-            "`kronbert compress` start from it."
+            "compared by their cosines as the teacher's are; sentence-transformers opens it too, "
+            "after `import kronbert`. For a task fine-tune it, or let `kronbert compress` start "
+            "from it."
         )
     return (
         "Distilled on general text, not yet on a task: fine-tune it, or let `kronbert compress` "

@@ -191,9 +191,14 @@ SENTENCES = (
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("kronbert/minilm-x8", 0.6), ("kronbert/minilm-x19", 0.43)]
-)
+COMES = [
+    ("kronbert/minilm-x8", 0.6),
+    ("kronbert/minilm-x19", 0.43),
+    ("kronbert/minilm-l4-x19", 0.43),
+]
+
+
+@pytest.mark.parametrize(("name", "near"), COMES)
 def test_what_comes_with_the_package_embeds_sentences_as_its_teacher(minilm_path, name, near):
     """Students of packed text alone are at 0.48 and 0.30 here."""
     folder = kronbert.shipped_path(name)
@@ -213,7 +218,7 @@ def test_what_comes_with_the_package_embeds_sentences_as_its_teacher(minilm_path
     assert torch.equal((own @ theirs.T).argmax(1) // 2, pairs)  # itself, or what says the same
 
 
-@pytest.mark.parametrize("name", ["kronbert/minilm-x8", "kronbert/minilm-x19"])
+@pytest.mark.parametrize("name", [name for name, _ in COMES])
 def test_sentence_transformers_opens_what_comes_with_the_package(minilm_path, name):
     """With the teacher's pooling and what follows it: means, of length 1."""
     kind = pytest.importorskip("sentence_transformers").SentenceTransformer
