@@ -135,7 +135,8 @@ def students() -> None:
         return
     table = Table()
     for column in ("name", "teacher", "times smaller", "parameters", "MB"):
-        table.add_column(column, justify="left" if column in ("name", "teacher") else "right")
+        left = column in ("name", "teacher")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column == "name")
     for student in found:
         factor, parameters = student["factor"], student["parameters"]
         table.add_row(

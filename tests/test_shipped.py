@@ -181,6 +181,13 @@ def test_wheel_and_sdist_carry_students(tmp_path):
     assert str(tmp_path / "installed" / "kronbert" / "students") in shown.stdout
 
 
+def test_names_are_whole_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setattr(cli_students.out, "_width", 80)
+    with cli_students.out.capture() as shown:
+        cli_students.students()
+    assert all(student["name"] in shown.get() for student in kronbert.list_students())
+
+
 SENTENCES = (
     "A man is playing a guitar on the street.",
     "Someone plays music outside.",
