@@ -142,7 +142,7 @@ def test_stages_that_cannot_be(refuse, tmp_path):
     refuse(DataError, "do not fill one block", stage1_text=str(text))
 
 
-def test_labels_that_rows_lack(refuse, tiny_bert, tiny_task, tmp_path, monkeypatch):
+def test_labels_that_rows_lack(refuse, tiny_task, monkeypatch):
     data = load_folder(tiny_task)
     data = with_unlabelled(data, splice(data, count=8))
     monkeypatch.setattr(job_module, "open_data", lambda *_, **__: data)
