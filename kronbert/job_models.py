@@ -22,9 +22,13 @@ def open_pretrained(auto: Any, name: str, **kwargs: Any) -> Any:
     if by_path and not folder.is_dir():
         raise DataError(f"model {name!r}: a file; expected the folder that save_pretrained wrote.")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(
-            f"model {name!r}: the folder holds no config.json. Expected what save_pretrained wrote."
-        )
+        why = "Expected what save_pretrained wrote."
+        if (folder / "modules.json").is_file():
+            why = (
+                "Its encoder lies in a folder of its own, as early sentence-transformers saved it; "
+                "save it again: SentenceTransformer(folder).save_pretrained(another)."
+            )
+        raise DataError(f"model {name!r}: the folder holds no config.json. {why}")
     try:
         return auto.from_pretrained(str(folder) if folder.is_dir() else name, **kwargs)
     except KronbertError:
@@ -70,13 +74,29 @@ def model_name(name: str) -> str:
 
 def open_model(name: str) -> Any:
     """A model with the class that saved it; a student of `kronbert.list_students` by its name.
-    `DistillError` where a weight is missing from the checkpoint."""
+
+    The encoder alone where the config names a masked LM and no weight is its head's, as many
+    sentence encoders are saved. `DistillError` where a weight is missing from the checkpoint."""
     import transformers
 
     name = str(find_shipped(name) or name)
     config = open_pretrained(transformers.AutoConfig, name)
     saved_as = (config.architectures or ["AutoModel"])[0]
-    return _open_whole(getattr(transformers, saved_as, transformers.AutoModel), name)
+    auto = getattr(transformers, saved_as, transformers.AutoModel)
+    if saved_as.endswith("ForMaskedLM") and not masked_lm_saved(name):
+        auto = transformers.AutoModel
+    return _open_whole(auto, name)
+
+
+def masked_lm_saved(name: str) -> bool:
+    """Whether a checkpoint holds weights of a masked-LM head, whatever its config says."""
+    from transformers import AutoModelForMaskedLM
+
+    with quiet():
+        model, loaded = open_pretrained(AutoModelForMaskedLM, name, output_loading_info=True)
+    body = f"{model.base_model_prefix}."
+    head = {key for key, _ in model.named_parameters() if not key.startswith(body)}
+    return not head <= set(loaded["missing_keys"])
 
 
 def open_encoder(name: str, *, masked: bool = False) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import DataError, DistillError
 from .job_depth import at_depth
+from .job_models import masked_lm_saved
 from .job_rows import tokens_in
 from .job_settings import CompressSettings
 
@@ -51,7 +52,7 @@ class Schedule:
             value = getattr(settings, key)
             if value is not None and not value > 0:
                 raise DistillError(f"compress({key}={value!r}): expected a number > 0.")
-        masked = has_masked_lm(config, tokenizer)
+        masked = has_masked_lm(config, tokenizer) and masked_lm_saved(settings.model)
         # A folder may be named like one of GLUE's tasks, and hold a part of one.
         name = task.name if task.hub else None
         tokens = tokens_in(data, tokenizer, length)

@@ -130,7 +130,8 @@ def compare_models(
                 key: value.to(first.device, first.dtype if value.is_floating_point() else None)
                 for key, value in rows.items()
             }
-            runs[name] = partial(model, **{key: value.contiguous() for key, value in given.items()})
+            given = {key: value.contiguous() for key, value in given.items()}
+            runs[name] = partial(_call, model, given)
             try:
                 runs[name]()
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -145,11 +146,13 @@ def compare_models(
 def random_inputs(
     models: Mapping[str, nn.Module], sequence_length: int, batch_size: int, seed: int
 ) -> dict[str, Tensor]:
-    """Ids that every model knows with a mask of ones, or pixels, by ``model.main_input_name``."""
+    """Ids that every model knows with a mask of ones, or pixels, by the ``main_input_name`` of the
+    model, or of the one inside that takes what an `nn.Sequential` is given."""
     random = torch.Generator().manual_seed(seed)
-    name, model = next(iter(models.items()))
+    takers = {name: _taker(model) for name, model in models.items()}
+    name, model = next(iter(takers.items()))
     wanted = getattr(model, "main_input_name", None)
-    configs: list[Any] = [one.config for one in models.values() if hasattr(one, "config")]
+    configs: list[Any] = [one.config for one in takers.values() if hasattr(one, "config")]
     if wanted == "input_ids" and all(hasattr(one, "vocab_size") for one in configs):
         known = [getattr(config, "max_position_embeddings", None) for config in configs]
         longest = min((length for length in known if length and length > 0), default=None)
@@ -212,6 +215,16 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def _taker(model: nn.Module) -> nn.Module:
+    inside = model.modules() if isinstance(model, nn.Sequential) else iter([model])
+    return next((module for module in inside if hasattr(module, "main_input_name")), model)
+
+
+def _call(model: nn.Module, example: Mapping[str, Tensor]) -> object:
+    """An `nn.Sequential`, as a SentenceTransformer is, takes one argument, and may add to it."""
+    return model(dict(example)) if isinstance(model, nn.Sequential) else model(**example)
 
 
 def _warm_up(function: Callable[[], object]) -> int:

@@ -18,6 +18,7 @@ from .job_models import (
     check_finite,
     check_tokenizer,
     longest,
+    masked_lm_saved,
     model_name,
     open_encoder,
     open_pretrained,
@@ -148,7 +149,7 @@ class _Pretraining:
         self.settings, self.folder = settings, folder
         self.config = open_pretrained(AutoConfig, settings.model)
         self.tokenizer = open_tokenizer(settings.model)
-        has_head = has_masked_lm(self.config, self.tokenizer)
+        has_head = has_masked_lm(self.config, self.tokenizer) and masked_lm_saved(settings.model)
         if settings.mlm and not has_head:
             raise DistillError(
                 f"mlm=True: {settings.model} has no masked-LM head, or its tokenizer no mask. "

@@ -34,7 +34,8 @@ class _Enough(BaseException):
 class Walk:
     """One forward pass of ``model`` on ``batch``, pausing at the layers that are `watched`.
 
-    batch: a mapping (keyword arguments) or one tensor. Nothing runs before the first `advance`."""
+    batch: a mapping or one tensor. A mapping is keyword arguments, for an `nn.Sequential` (as a
+    SentenceTransformer is) its one argument. Nothing runs before the first `advance`."""
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         self._model, self._batch = model, batch
@@ -68,10 +69,12 @@ class Walk:
         _HERE.walk = self
         try:
             with torch.no_grad():
-                if isinstance(self._batch, Mapping):
-                    self._model(**self._batch)
-                else:
+                if not isinstance(self._batch, Mapping):
                     self._model(self._batch)
+                elif isinstance(self._model, nn.Sequential):
+                    self._model(dict(self._batch))
+                else:
+                    self._model(**self._batch)
         except _Enough:
             pass
         except BaseException as error:  # handed to the thread that asked

@@ -303,6 +303,13 @@ def test_weights_that_are_not_there_are_not_made_up(teacher, tmp_path, capsys, m
     assert open_model(str(tmp_path / "bare")).num_parameters() == bare.num_parameters()
     bare.config.architectures = ["BertForMaskedLM"]
     bare.config.save_pretrained(tmp_path / "bare")
+    assert type(open_model(str(tmp_path / "bare"))) is BertModel
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "modules.json").write_text("[]")
+    said = fails(capsys, monkeypatch, "report", tmp_path / "early")
+    assert "save it again: SentenceTransformer(folder)" in " ".join(said.split())
+    bare.config.architectures = ["BertForSequenceClassification"]
+    bare.config.save_pretrained(tmp_path / "bare")
     said = fails(capsys, monkeypatch, "convert", tmp_path / "bare", "--factor", 2, "--output",
                  tmp_path / "x")  # fmt: skip
     assert "Give a complete checkpoint" in said

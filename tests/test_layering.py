@@ -143,7 +143,7 @@ TABLE = {
     "job_scores": Row(
         "errors job_models job_rows", lazily="distill.*", outside_lazily="transformers"
     ),
-    "job_stages": Row("errors job_depth job_rows job_settings", lazily="distill.*"),
+    "job_stages": Row("errors job_depth job_models job_rows job_settings", lazily="distill.*"),
     "job_start": Row(
         "errors config job_models shipped",
         lazily="checkpoint conversion distill.*",

@@ -10,7 +10,13 @@ import torch
 from filelock import FileLock
 from matplotlib.image import imread
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    TrainerCallback,
+)
 
 import kronbert
 from kronbert.distill import finetune
@@ -254,6 +260,22 @@ def test_masked_lm_head_is_trained_and_half_loads_as_float32(masked, texts, tmp_
         assert student.config.dtype is torch.float32
     assert content["student"]["class"] == "BertForMaskedLM"
     assert json.loads((output / "curve.json").read_text())["data"].endswith("50 held out")
+
+
+def test_a_head_that_only_the_config_names(tiny_bert, texts, tmp_path):
+    """As sentence encoders are saved: no word is masked, for want of weights to answer with."""
+    model = shutil.copytree(tiny_bert, tmp_path / "encoder")
+    config = AutoConfig.from_pretrained(model)
+    config.architectures = ["BertForMaskedLM"]
+    config.save_pretrained(model)
+    asked = settings_for(model, texts, tmp_path / "out", epochs=0.5, valid=None)
+    content = pretrain_student(asked)
+    assert not content["settings"]["mlm"]
+    taps = [term["tap"] for term in content["stage"]["objective"]["terms"]]
+    assert taps == ["embedding", "ffn"]
+    assert type(kronbert.load(tmp_path / "out" / "student")).__name__ == "BertModel"
+    with pytest.raises(DistillError, match="has no masked-LM head"):
+        pretrain_student(settings_for(model, texts, tmp_path / "b", mlm=True))
 
 
 def test_going_on_from_a_student(finished, texts, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     BertModel,
@@ -111,3 +112,25 @@ def test_a_part_with_a_config_of_its_own_is_saved_alone(tmp_path):
     assert any(isinstance(module, kronbert.KroneckerLinear) for module in part.modules())
     kronbert.merge(student).encoder.save_pretrained(tmp_path / "dense")
     assert not hasattr(loaded(tmp_path / "dense"), "kronecker_plan")
+
+
+def test_a_sentence_transformer_is_fitted_to_data_and_measured(tiny_bert):
+    """As the model inside is: it takes its batch as one argument."""
+    kind = pytest.importorskip("sentence_transformers").SentenceTransformer
+    model = kind(str(tiny_bert), device="cpu")
+    inner = model[0].model
+    texts = ["a good film, well made and acted", "a bad one", "the soup was cold"] * 9
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    given = set(batch)
+    how = {"rules": {"re:.*dense": {"rank": 2}}, "init": "data", "calibration": [batch]}
+    student, alone = (kronbert.convert(one, **how) for one in (model, inner))
+    assert set(batch) == given
+    found, expected = (one(**batch).last_hidden_state for one in (student[0].model, alone))
+    torch.testing.assert_close(found, expected)
+    assert student.data_fit.tokens == alone.data_fit.tokens
+    made = kronbert.report(student, model, seconds=0.01, batch_sizes=(2,), sequence_length=16)
+    assert made.inputs == "input_ids (batch, 16), attention_mask (batch, 16)"
+    assert made.latency_ratio[2] > 0
+    plain = kronbert.report(alone, inner, latency=False)
+    assert made.student.parameters == plain.student.parameters
