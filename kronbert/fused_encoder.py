@@ -11,6 +11,7 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -181,7 +182,13 @@ class FusedLayer(FusedBlock):
         )
         return "ffn_norm" if fits else None
 
-    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+    @property
+    def feed_forward_chunk(self) -> Callable[[Tensor], Tensor]:
+        """transformers counts its arguments at every call: 30 us, unless the function holds its
+        signature, which torch.compile cannot read."""
+        return self._chunk if torch.compiler.is_compiling() else self._signed_chunk
+
+    def _chunk(self, attention_output: Tensor) -> Tensor:
         expand: Any = self._modules["intermediate"]
         contract: Any = self._modules["output"]
         skipped = (expand, contract, *expand._modules.values(), *contract._modules.values())
@@ -197,5 +204,7 @@ class FusedLayer(FusedBlock):
             dropout=probability(last["dropout"]),
         )
 
-    # transformers asks for it at every call, to count the arguments: 30 us.
-    feed_forward_chunk.__signature__ = signature(feed_forward_chunk)  # type: ignore[attr-defined]
+    def _signed_chunk(self, attention_output: Tensor) -> Tensor:
+        return self._chunk(attention_output)
+
+    _signed_chunk.__signature__ = signature(_signed_chunk)  # type: ignore[attr-defined]

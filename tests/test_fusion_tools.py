@@ -280,6 +280,16 @@ def test_compiled_whole(name):
     assert_same({n.removeprefix("_orig_mod."): g for n, g in found.items()}, expected)
 
 
+@both
+def test_a_bare_encoder_compiled_whole(name):
+    """Its own forward is the outermost: what transformers changes in it lies in the graph."""
+    ours, plain = (getattr(model.eval(), model.base_model_prefix) for model in twins(name))
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    found, expected = (model(**INPUTS).last_hidden_state for model in (compiled, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_fused_after_compiling():
     model = a_model().eval()
     expected = scores(model)
