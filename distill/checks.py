@@ -23,12 +23,20 @@ HALF = (torch.float16, torch.bfloat16)
 # Equal vocabularies that lower-case or strip accents differently give other ids for this.
 _PROBE = "Kronecker's Ünïted products, 12.5 % of naïve BERT"
 
+DETECTORS = {"ElectraForPreTraining", "FunnelForPreTraining"}
+"""Classes that tell replaced tokens from others."""
+
 MLM_HEADS = {
     name
     for names in (MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_PRETRAINING_MAPPING_NAMES)
     for name in names.values()
-} - {"ElectraForPreTraining", "FunnelForPreTraining"}
-"""Classes with a masked-LM head. Those two tell replaced tokens from others instead."""
+} - DETECTORS
+"""Classes with a masked-LM head."""
+
+
+def _kind(model: nn.Module) -> set[str]:
+    """The names of its class and of those that it comes from."""
+    return {each.__name__ for each in type(model).__mro__}
 
 
 def has_masked_lm(config: Any, tokenizer: Any) -> bool:
@@ -66,7 +74,7 @@ def check_pair(
             "it with dtype=torch.float32 (or call student.float()), and train with bf16=True or "
             "fp16=True: autocast computes in half precision and keeps the weights whole."
         )
-    if "mlm" in objective.taps and type(student).__name__ not in MLM_HEADS:
+    if "mlm" in objective.taps and not _kind(student) & MLM_HEADS:
         raise DistillError(
             f"the objective has the term 'mlm', but {type(student).__name__} has no masked-LM "
             "head. Load the student with AutoModelForMaskedLM, or drop the term."
@@ -217,8 +225,13 @@ def _check_sizes(student: nn.Module, teacher: nn.Module, objective: Objective) -
 
 
 def _check_labels(student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
-    if type(student).__name__ in MLM_HEADS:
+    if _kind(student) & MLM_HEADS:
         return
+    if told := _kind(student) & DETECTORS:
+        raise DistillError(
+            f"the term logits: {', '.join(told)} says of every token whether it was replaced, "
+            "which no loss here compares. Drop the term."
+        )
     mine, theirs = (_size(model, "num_labels") for model in (student, teacher))
     if mine != theirs:
         raise DistillError(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from transformers import (
 )
 
 from kronbert.distill.averaging import has_average
+from kronbert.distill.begun import ASKED, claim
 from kronbert.distill.checks import check_pair, supervised_layers
 from kronbert.distill.cpu_layers import fused_layers, plain_attention
 from kronbert.distill.data import TaskData, compute_metrics, row_lengths
+from kronbert.distill.digests import rows_digest
 from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.freed import ReleaseFreed
 from kronbert.distill.held_out import HeldOut, held_out_batches
@@ -34,10 +35,17 @@ from kronbert.distill.pieces import BatchMasks, Pieces
 from kronbert.distill.sampling import SeededSampler
 from kronbert.distill.stages import Stage
 from kronbert.distill.taps import inputs_of
-from kronbert.distill.teacher_cache import States, WithStates, states_wanted, with_teacher
+from kronbert.distill.teacher_cache import (
+    States,
+    WithStates,
+    model_digest,
+    states_wanted,
+    with_teacher,
+)
 from kronbert.distill.trainer import DistillTrainer
 from kronbert.distill.unlabelled import training_rows
 from kronbert.errors import DistillError
+from kronbert.prepared import own_forward
 
 POINTS = 10
 """Evaluations, and checkpoints, of one stage."""
@@ -45,9 +53,6 @@ POINTS = 10
 CURVE_ROWS = 2000
 """Rows of the dev set in each of these evaluations, at most: MiniLM took 192 s for MNLI's 9,815 on
 one core of an AMD EPYC, beside other work, and would take them ten times. `evaluate` takes all."""
-
-PREPARED = "_is_accelerate_prepared"
-"""accelerate's mark on a model whose ``forward`` it has wrapped; it wraps none twice."""
 
 CACHE = "teacher-outputs"
 """The folder of `teacher_cache`, beside that of a run."""
@@ -73,9 +78,9 @@ def run_stage(
 
     data: a tokenised `TaskData`, scored as it goes on ``CURVE_ROWS`` of its first dev set, or a
     `Dataset` of packed text. folder: holds the checkpoints; the newest whole one found there is
-    resumed, to the same weights as without the interruption. keep_last: leave the last one for a
-    caller who has yet to save the result, and removes the folder then. teacher: None when the
-    objective needs none.
+    resumed, to the same weights as without the interruption; one of another stage, teacher or rows
+    is refused. keep_last: leave the last one for a caller who has yet to save the result, and
+    removes the folder then. teacher: None when the objective needs none.
     held_out: packed text that is not trained on; the objective's losses on it are logged as
     `held_out.HeldOut` says. cache: the folder of a stage with ``cache_teacher``, by default
     ``teacher-outputs`` beside ``folder``. precision: see `use_bf16`. arguments: more of
@@ -106,6 +111,11 @@ def run_stage(
             "only packed text is cut. Leave pieces out."
         )
     rows = training_rows(data, stage) if isinstance(data, TaskData) else data
+    asked = {key: value for key, value in stage.to_dict().items() if key != "cache_teacher"}
+    asked |= {
+        "rows": rows_digest(rows),
+        "teacher": None if teacher is None else model_digest(teacher),
+    }
     states: States | None = None
     if stage.cache_teacher:
         check_pair(student, teacher, stage.objective, tokenizer)  # before the long computation
@@ -145,6 +155,7 @@ def run_stage(
     for path in _checkpoints(folder):
         if last is None or _step(path) > _step(last):
             shutil.rmtree(path)  # cut off while it was written
+    claim(folder, asked, begun=last is not None)
     if last is not None and say is not None:
         say(f"resumed after step {_step(last)}")
     autocast = args.bf16 or args.fp16
@@ -158,6 +169,7 @@ def run_stage(
     if not keep_last:
         for path in _checkpoints(folder):
             shutil.rmtree(path)
+        (folder / ASKED).unlink()
     return list(trainer.state.log_history)
 
 
@@ -198,22 +210,6 @@ def _taught(
             batch_size=args.per_device_eval_batch_size,
             say=say,
         )
-
-
-@contextmanager
-def own_forward(model: nn.Module) -> Iterator[None]:
-    """Afterwards ``model`` computes as before: accelerate leaves its autocast around ``forward``,
-    and scores, fits and calibrations that follow would round to bf16. It also marks the model, and
-    passes over a marked one: the mark goes first, or a second stage would have no autocast."""
-    names = ("forward", "_original_forward", PREPARED)
-    before = {name: vars(model)[name] for name in names if name in vars(model)}
-    vars(model).pop(PREPARED, None)
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(model).pop(name, None)
-        vars(model).update(before)
 
 
 class _StageTrainer(DistillTrainer):

@@ -149,4 +149,5 @@ def with_muon(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -
             plain.append({**group, "params": rest})
         if here:
             moved.append({**group, "params": here, "lr": rate * group["lr"], "muon": True})
-    return Muon([*plain, *moved])
+    # Schedules with an end rate divide by the default.
+    return Muon([*plain, *moved], lr=optimizer.defaults["lr"])

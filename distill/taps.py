@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from kronbert.errors import DistillError
 
@@ -191,6 +192,12 @@ class Taps:
                 )
             if tap_map.rotary:
                 self._rotary[layer] = self._module(tap_map.rotary, layer)
+        read = [(tap, module) for (tap, layer), module in self._modules.items() if layer]
+        if len(set(read)) < len(read):
+            raise DistillError(
+                f"{type(self.model).__name__}: its layers share one module ({tap_map.layer}), so "
+                "they cannot be told apart. Use the terms embedding, sentence, logits and labels."
+            )
 
     def _module(self, names: str, layer: int = 1) -> nn.Module:
         base = getattr(self.model, "base_model", self.model)
@@ -216,7 +223,7 @@ class Taps:
         captured = Captured()
         raw: dict[tuple[str, int], Tensor] = {}
         rotary: dict[int, tuple[Tensor, Tensor]] = {}
-        wants_grad = torch.is_grad_enabled()
+        wants_grad = False
 
         def read(key: tuple[str, int]) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -235,11 +242,13 @@ class Taps:
             return hook
 
         def begin(module: nn.Module, args: Any) -> None:
+            nonlocal wants_grad
+            wants_grad = torch.is_grad_enabled()
             raw.clear()
 
         def end(module: nn.Module, args: Any, outputs: Any) -> Any:
             self._fill(captured, raw, rotary)
-            captured.outputs = outputs
+            captured.outputs = ModelOutput(outputs) if type(outputs) is dict else outputs
             return None if finish is None else finish(captured)
 
         handles = [self.model.register_forward_pre_hook(begin)]

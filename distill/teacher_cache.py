@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.table import InMemoryTable
+from filelock import FileLock
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
@@ -28,6 +29,7 @@ from kronbert.distill.data import row_lengths
 from kronbert.distill.digests import rows_digest
 from kronbert.distill.taps import Captured, Taps, inputs_of
 from kronbert.errors import DistillError
+from kronbert.prepared import own_forward
 
 TEACHER_LOGITS = "teacher_logits"
 """The column of the training rows that `DistillTrainer` takes for the teacher's logits."""
@@ -37,6 +39,9 @@ TEACHER_ROW = "teacher_row"
 
 TEACHER_STATES = "teacher_states"
 """The batch's hidden states of the teacher, (batch, tokens, states, width) in float16."""
+
+TEACHER_LAYERS = "teacher_layers"
+"""`States.layers` of each of its rows, (batch, states)."""
 
 SAVED_EVERY = 100
 """Batches between two notes of how far the computation is."""
@@ -75,17 +80,26 @@ class WithStates:
             padded = found.new_zeros(*tokens.shape, *found.shape[1:])
             padded[tokens] = found
             batch[TEACHER_STATES] = padded
+            batch[TEACHER_LAYERS] = torch.tensor(self.states.layers).expand(len(rows), -1)
         return batch
 
 
-def as_captured(states: Tensor, layers: Sequence[int]) -> Captured:
-    """A batch's states as the teacher's taps would have seen them; layers: as in `States`."""
+def as_captured(states: Tensor, layers: Sequence[int], wanted: Iterable[int]) -> Captured:
+    """A batch's states as the teacher's taps would have seen those ``wanted``; layers: which there
+    are, as in `States`. `DistillError` where one is missing."""
     found = Captured()
-    for place, layer in enumerate(layers):
+    for layer in wanted:
+        if layer not in layers:
+            raise DistillError(
+                f"the objective reads layer {layer} of the teacher (0: its embedding), the states "
+                f"beside the rows are of {', '.join(map(str, layers))}: make them with "
+                "with_teacher(layers=...) of this objective."
+            )
+        state = states[:, :, layers.index(layer)]
         if layer:
-            found.ffn[layer] = states[:, :, place]
+            found.ffn[layer] = state
         else:
-            found.embedding = states[:, :, place]
+            found.embedding = state
     return found
 
 
@@ -123,18 +137,21 @@ def with_teacher(
     key = _digest([model_digest(teacher), rows_digest(inputs), str(autocast), *asked])
     path, beside = Path(folder) / f"{key}.npy", Path(folder) / f"{key}-states.npy"
     lengths = row_lengths(inputs)
-    if path.is_file() and (not layers or beside.is_file()):
-        if say is not None:
-            what = "logits and hidden states" if layers else "logits"
-            say(f"teacher's {what} of {len(rows)} rows: {path}")
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        teacher.eval()
-        if getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(device)
-        reader = _Reader(teacher, tuple(layers), autocast)
-        _compute(inputs, lengths, reader, path, beside, DataCollatorWithPadding(tokenizer),
-                 batch_size)  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs side by side may share a folder: one computes, the others wait for it.
+    with FileLock(path.with_suffix(".lock")):
+        if path.is_file() and (not layers or beside.is_file()):
+            if say is not None:
+                what = "logits and hidden states" if layers else "logits"
+                say(f"teacher's {what} of {len(rows)} rows: {path}")
+        else:
+            teacher.eval()
+            if getattr(teacher, "hf_device_map", None) is None:
+                teacher.to(device)
+            reader = _Reader(teacher, tuple(layers), autocast)
+            with own_forward(teacher):
+                _compute(inputs, lengths, reader, path, beside, DataCollatorWithPadding(tokenizer),
+                         batch_size)  # fmt: skip
     logits = np.load(path)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
     columns: dict[str, Any] = {TEACHER_LOGITS: vectors}
@@ -177,8 +194,8 @@ class _Reader:
         logits = getattr(self.teacher(**given), "logits", None)
         if logits is None:
             raise DistillError(
-                f"cache_teacher: {type(self.teacher).__name__} has no head, so it gives no logits. "
-                "Give the teacher of a task, or set cache_teacher=False."
+                f"cache_teacher: {type(self.teacher).__name__} gives no logits of one vector a "
+                "row. Give the teacher of a task of classes or scores, or set cache_teacher=False."
             )
         return np.asarray(logits.float().cpu().numpy())
 

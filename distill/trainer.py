@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import find_labels
 
 from kronbert.distill.averaging import WeightAverage
 from kronbert.distill.checks import check_arguments, check_pair, check_whole, supervised_layers
@@ -24,6 +25,7 @@ from kronbert.distill.rates import rate_factors, split_groups
 from kronbert.distill.stages import CACHED, check_switches
 from kronbert.distill.taps import Captured, Taps, inputs_of
 from kronbert.distill.teacher_cache import (
+    TEACHER_LAYERS,
     TEACHER_LOGITS,
     TEACHER_ROW,
     TEACHER_STATES,
@@ -31,6 +33,7 @@ from kronbert.distill.teacher_cache import (
     states_wanted,
 )
 from kronbert.errors import DistillError
+from kronbert.prepared import unprepare
 
 
 @dataclass
@@ -108,7 +111,7 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self.teacher = teacher
         if teacher is not None:
-            teacher.eval().requires_grad_(False)
+            unprepare(teacher.eval().requires_grad_(False))
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(self.args.device)
         self._term_sums: dict[str, Tensor] = {}
@@ -119,7 +122,8 @@ class DistillTrainer(Trainer):
         decay: float | None = getattr(args, "ema", None)
         if decay is not None:
             self._average = WeightAverage(model, decay)
-            self.add_callback(self._average)
+            # Before the caller's, which see at the end of training what it leaves.
+            self.callback_handler.callbacks.insert(0, self._average)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kw: Any) -> Any:
         """Trainer's, with the arguments' ``dropout``; with ``ema`` the model holds the averaged
@@ -131,6 +135,8 @@ class DistillTrainer(Trainer):
             self._average.resumed_from = Path(found) if found else None
         self._term_sums, self._term_steps = {}, 0
         student: Any = self.model
+        if self.model_wrapped is student:  # one in DistributedDataParallel is not prepared again
+            unprepare(student)
         with dropout_set_to(student, getattr(self.args, "dropout", None)):
             return super().train(resume_from_checkpoint, *args, **kw)
 
@@ -229,10 +235,14 @@ class DistillTrainer(Trainer):
         states = inputs.get(TEACHER_STATES)
         kept = TEACHER_LOGITS in inputs and (states is not None or not wanted)
         if kept and self.objective.teacher_taps <= CACHED:
-            found = Captured() if states is None else as_captured(states, wanted)
+            found = Captured()
+            if states is not None:
+                found = as_captured(states, inputs[TEACHER_LAYERS][0].tolist(), wanted)
             found.outputs = SequenceClassifierOutput(logits=inputs[TEACHER_LOGITS])
             return found
-        given = _only(inputs, self._teacher_inputs, self.label_names)
+        given = _only(
+            inputs, self._teacher_inputs, {*self.label_names, *find_labels(type(self.teacher))}
+        )
         with torch.no_grad(), self.accelerator.autocast():
             with self._teacher_taps.capture() as captured:
                 self.teacher(**given)

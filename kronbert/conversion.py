@@ -22,6 +22,7 @@ from .inventory import inventory, swap
 from .joined import refuse_joined
 from .linear import KroneckerLinear
 from .planning import Inventory, Plan, PlannedLayer, make_plan
+from .prepared import own_forward, unprepare
 from .shapes import check_groups
 
 KRONECKER_MODULES = (KroneckerLinear, KroneckerEmbedding, KroneckerLMHead)
@@ -126,7 +127,8 @@ def convert(
             new[name].bias = bias if inplace else copy.deepcopy(bias, memo)
     plan = plan.with_errors(errors)
     stored = _stored(model, plan)
-    fitted = None if batches is None else fit_to_data(model, new, plan, batches)
+    with own_forward(model):
+        fitted = None if batches is None else fit_to_data(model, new, plan, batches)
     if "" in new:
         student = new[""]
     elif inplace:
@@ -135,6 +137,7 @@ def convert(
     else:
         memo.update({id(modules[name]): module for name, module in new.items()})
         student = copy.deepcopy(model, memo)
+    unprepare(student)
     student.kronecker_plan = plan  # type: ignore[assignment]
     if fitted is not None:
         student.data_fit = fitted  # type: ignore[assignment]
@@ -178,6 +181,7 @@ def merge(model: nn.Module) -> nn.Module:
         return new[""]
     memo.update({id(found[name]): module for name, module in new.items()})
     dense = unfuse(copy.deepcopy(model, memo))
+    unprepare(dense)
     for name in ("kronecker_plan", "data_fit"):
         dense.__dict__.pop(name, None)
     for part in _saved(dense).values():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import PlanError, expect_model
+from .prepared import unprepare
 
 
 def spread_layers(layers: int, of: int) -> tuple[int, ...]:
@@ -49,7 +50,9 @@ def fewer_layers(model: nn.Module, layers: int | Sequence[int]) -> Any:
     if len(getattr(config, "layer_types", None) or ()) == depth:
         config.layer_types = [config.layer_types[layer - 1] for layer in kept]
     if len(kept) == depth:
-        return copy.deepcopy(model)
+        whole = copy.deepcopy(model)
+        unprepare(whole)
+        return whole
     with torch.random.fork_rng(devices=[]):  # what is initialised here is thrown away
         copied: Any = type(model)(config)
     _fill(copied, model, kept, depth)

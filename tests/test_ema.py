@@ -144,6 +144,22 @@ def test_what_is_unfrozen_before_training_is_averaged(tiny_bert, rows, tokenizer
     assert torch.allclose(weights(model)[name], average[name], atol=1e-6)
 
 
+def test_callbacks_see_what_training_leaves(tiny_bert, rows, tokenizer, tmp_path):
+    class Last(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **kwargs):
+            self.seen = weights(model)
+
+    model, last = model_of(tiny_bert), Last()
+    args = STAGE.to_arguments(
+        tmp_path, max_steps=5, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    DistillTrainer(
+        model, args, teacher=None, processing_class=tokenizer, callbacks=[last],
+        objective=STAGE.objective, train_dataset=rows.train,
+    ).train()  # fmt: skip
+    assert all(torch.equal(value, last.seen[name]) for name, value in weights(model).items())
+
+
 def test_evaluations_have_the_average_and_training_goes_on_without(
     watched, tiny_bert, rows, tokenizer, tmp_path
 ):

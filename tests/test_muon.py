@@ -202,3 +202,13 @@ def test_what_muon_does_not_go_with(mixed_student, tmp_path):
 
 def test_stage_survives_json():
     assert Stage.from_json(STAGE.to_json()) == STAGE
+
+
+@pytest.mark.parametrize("kind", ["cosine_with_min_lr", "polynomial"])
+def test_schedules_end_where_they_should(kind, mixed_student, tmp_path):
+    key = "min_lr" if kind == "cosine_with_min_lr" else "lr_end"
+    told = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": {key: 1e-3}, "warmup_steps": 0}
+    trainer = a_trainer(mixed_student, tmp_path, arguments=told)
+    trainer.train()
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-3)
+    assert trainer.lr_scheduler.get_last_lr()[-1] == pytest.approx(2e-3)

@@ -261,3 +261,47 @@ def test_what_taps_refuse():
     model.bert.encoder.layer[1] = copy.deepcopy(model.bert.encoder.layer[1])
     with taps.capture(), pytest.raises(DistillError, match="ffn of layer 2 were not called"):
         model(**a_batch("bert"))
+
+
+def test_layers_that_share_a_module_are_refused():
+    config = transformers.AlbertConfig(
+        vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=3,
+        num_attention_heads=2, intermediate_size=24,
+    )  # fmt: skip
+    model = transformers.AlbertModel(config)
+    shared = TapMap(embedding="embeddings", layer="encoder.albert_layer_groups.0.albert_layers.0")
+    with pytest.raises(DistillError, match="AlbertModel: its layers share one module"):
+        Taps(model, {"ffn"}, tap_map=shared)
+    with Taps(model, {"embedding"}, tap_map=shared).capture() as seen:
+        model(torch.ones(2, 5, dtype=torch.long))
+    assert seen.embedding.shape == (2, 5, 8)
+
+
+def test_a_pass_without_gradients_inside():
+    model = a_model("bert").train()
+    with Taps(model, {"ffn"}).capture() as seen:
+        with torch.no_grad():
+            model(**a_batch("bert"))
+    assert not seen.ffn[1].requires_grad
+
+
+def test_outputs_that_are_a_dict():
+    """As transformers' Trainer takes them of one's own models."""
+    model = a_model("bert")
+
+    class Own(nn.Module):
+        config = model.config
+        base_model = model.bert
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids):
+            return {"loss": torch.ones(()), "logits": self.model(input_ids).logits}
+
+    own = Own()
+    with Taps(own, {"logits"}).capture() as seen:
+        given = own(a_batch("bert")["input_ids"])
+    assert torch.equal(seen.logits, given["logits"])
+    assert seen.outputs.loss == 1

@@ -1,6 +1,8 @@
 """The teacher's outputs on disk: the same numbers, one computation, no teacher in training."""
 
 import copy
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,9 +17,18 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
 )
 
-from kronbert.distill import Objective, Stage, Term, teacher_cache
+from kronbert.distill import (
+    DistillArguments,
+    DistillTrainer,
+    Objective,
+    Stage,
+    Term,
+    teacher_cache,
+)
 from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.digests import rows_digest
 from kronbert.distill.finetune import run_stage
@@ -114,7 +125,7 @@ def test_computed_once(calls, tiny_bert, rows, tokenizer, tmp_path):
     assert calls == [64] * 4
     assert said[0].startswith("teacher's logits of 256 rows: ")
     assert first[TEACHER_LOGITS] == again[TEACHER_LOGITS]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
 def test_the_digest_knows_what_matters(tiny_bert, rows, tmp_path):
@@ -149,12 +160,12 @@ def test_an_interrupted_computation_goes_on(
     teacher = a_teacher(tiny_bert)
     with cut_after(5, teacher):
         with_teacher_logits(rows.train, teacher, tmp_path / "b", **given)
-    assert sorted(p.suffix for p in (tmp_path / "b").iterdir()) == [".json", ".part"]
+    assert sorted(p.suffix for p in (tmp_path / "b").glob("*[!k]")) == [".json", ".part"]
     calls.clear()
     again = with_teacher_logits(rows.train, teacher, tmp_path / "b", **given)
     assert len(calls) == 12  # four of five were noted
     assert again[TEACHER_LOGITS] == whole[TEACHER_LOGITS]
-    assert [p.suffix for p in (tmp_path / "b").iterdir()] == [".npy"]
+    assert [p.suffix for p in (tmp_path / "b").glob("*[!k]")] == [".npy"]
 
 
 def test_a_stage_learns_the_same_without_running_the_teacher(
@@ -252,7 +263,7 @@ def test_a_stage_on_hidden_states_learns_the_same(tiny_bert, rows, tokenizer, tm
         )
     ]  # fmt: skip
     assert len(calls) == 4
-    names = sorted(p.name for p in (tmp_path / "cached" / "teacher-outputs").iterdir())
+    names = sorted(p.name for p in (tmp_path / "cached" / "teacher-outputs").glob("*.npy"))
     assert len(names) == 2
     assert names[0].removesuffix("-states.npy") == names[1][:-4]
     for name, value in plain.state_dict().items():
@@ -343,7 +354,7 @@ def test_what_has_no_vector_per_row(tiny_bert, rows, tokenizer, tmp_path):
             rows.train, AutoModelForMaskedLM.from_pretrained(tiny_bert), tmp_path,
             tokenizer=tokenizer,
         )  # fmt: skip
-    with pytest.raises(DistillError, match="BertModel has no head, so it gives no logits"):
+    with pytest.raises(DistillError, match="BertModel gives no logits of one vector a row"):
         with_teacher_logits(
             rows.train, AutoModel.from_pretrained(tiny_bert), tmp_path, tokenizer=tokenizer
         )
@@ -389,3 +400,101 @@ def test_a_note_of_lost_parts_skips_no_rows(monkeypatch, tiny_bert, rows, tokeni
     taught, again = with_teacher(rows.train, teacher, tmp_path / "b", **given)
     assert np.array_equal(whole.values, again.values)
     assert all(any(row) for row in taught["teacher_logits"])
+
+
+def test_two_runs_beside_one_another(tiny_bert, rows, tokenizer, tmp_path, calls):
+    """The second waits for the first, and reads what it has written."""
+    alone = with_teacher_logits(
+        rows.train, a_teacher(tiny_bert), tmp_path / "a", tokenizer=tokenizer
+    )
+    calls.clear()
+    found, teachers = {}, [a_teacher(tiny_bert) for _ in range(2)]
+    began = threading.Event()
+
+    def slowly(*_):
+        began.set()
+        time.sleep(0.1)
+
+    teachers[0].register_forward_pre_hook(slowly)
+
+    def run(name, teacher):
+        found[name] = with_teacher_logits(
+            rows.train, teacher, tmp_path / "b", tokenizer=tokenizer, batch_size=32
+        )
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(teachers)]
+    threads[0].start()
+    began.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 8
+    for one in found.values():
+        assert np.allclose(one[TEACHER_LOGITS], alone[TEACHER_LOGITS], atol=1e-5)
+
+
+def test_a_teacher_that_a_trainer_has_prepared_answers_in_its_own_precision(
+    tiny_bert, rows, tokenizer, tmp_path
+):
+    plain, prepared = a_teacher(tiny_bert), a_teacher(tiny_bert)
+    Trainer(
+        prepared,
+        TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none"),
+        eval_dataset=rows.train.select(range(8)),
+        processing_class=tokenizer,
+    ).evaluate()
+    marks = {"forward", "_original_forward", "_is_accelerate_prepared"}
+    assert marks <= set(vars(prepared))
+    found, expected = (
+        with_teacher_logits(rows.train, one, tmp_path / name, tokenizer=tokenizer)[TEACHER_LOGITS]
+        for one, name in ((prepared, "a"), (plain, "b"))
+    )
+    assert found == expected
+    assert marks <= set(vars(prepared))  # it is the caller's
+
+
+def test_states_are_those_of_their_layers(tiny_bert, rows, tokenizer, tmp_path):
+    """Kept of all layers, read by an objective of one; and refused where it has none."""
+    teacher = a_teacher(tiny_bert)
+    few = rows.train.select(range(16))
+    student = model_of(tiny_bert)
+    for parameter in student.parameters():
+        parameter.data.mul_(1.5)
+    objective = Objective(terms=(Term(tap="ffn"), Term(tap="logits", loss="kl")), layer_map=(0, 2))
+    losses = []
+    for layers in ((), (2,), (0, 1, 2), (0, 1)):
+        taught, states = few, None
+        if layers:
+            taught, states = with_teacher(
+                few, teacher, tmp_path, tokenizer=tokenizer, layers=layers
+            )
+        collate = DataCollatorWithPadding(tokenizer)
+        trainer = DistillTrainer(
+            student,
+            DistillArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+            teacher=a_teacher(tiny_bert),
+            objective=objective,
+        )
+        batch = (WithStates(collate, states) if states else collate)(list(taught))
+        if layers == (0, 1):
+            with pytest.raises(DistillError, match=r"reads layer 2 of the teacher .*are of 0, 1:"):
+                trainer.objective_losses([batch])
+        else:
+            losses.append(trainer.objective_losses([batch])["ffn"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-3)
+
+
+def test_rows_of_tensors(tiny_bert, rows, tokenizer, tmp_path):
+    """As datasets gives them after with_format("torch")."""
+    tensors = replace(rows, train=rows.train.with_format("torch"))
+    found = with_teacher_logits(tensors.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer)
+    expected = with_teacher_logits(rows.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer)
+    assert found.with_format(None)[TEACHER_LOGITS] == expected[TEACHER_LOGITS]
+    models = [model_of(tiny_bert) for _ in range(2)]
+    for model, data, name in zip(models, (tensors, rows), "ab", strict=True):
+        run_stage(
+            model, a_teacher(tiny_bert), STAGE, data, tmp_path / name / "run", tokenizer=tokenizer,
+            precision="fp32", max_steps=3,
+        )  # fmt: skip
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name

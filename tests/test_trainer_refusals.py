@@ -169,3 +169,21 @@ def test_a_head_of_another_kind(tmp_path):
     )
     with pytest.raises(DistillError, match=r"logits: student \(8, 2\), teacher \(8, 10, 2\)"):
         trainer.train()
+
+
+def test_replaced_tokens_have_no_loss(tmp_path):
+    """ELECTRA's logits are one a token, of the shape of one row's classes."""
+    config = transformers.ElectraConfig(
+        vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=24,
+    )  # fmt: skip
+    student, teacher = (transformers.ElectraForPreTraining(config) for _ in range(2))
+    with pytest.raises(DistillError, match="ElectraForPreTraining says of every token whether"):
+        a_trainer(tmp_path, KL, model=student, teacher=teacher)
+
+
+def test_a_masked_lm_of_ones_own(tmp_path):
+    class Own(transformers.BertForMaskedLM):
+        pass
+
+    a_trainer(tmp_path, MLM, model=a_model(1, Own), teacher=None)
