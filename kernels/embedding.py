@@ -26,6 +26,11 @@ DOT_RANK = 8
 In float32, where they have none that is exact, the same product spills."""
 
 
+WIDEST_DOT = 256
+"""Columns of b at once in that product: two tiles of 64 ranks by 1,024 columns would take 260 KiB
+of shared memory, where an H200 has 227 and a GeForce 99."""
+
+
 class Table(NamedTuple):
     """Rows ``ids`` of ``table`` (entries, width). ids (period): row i of the output takes
     ids[i % period]; the period divides the number of rows."""
@@ -205,6 +210,8 @@ def _sizes(inputs: Inputs, rows_per_program: int) -> dict[str, int]:
     if inputs.b is not None:
         rank, a_in, b_in = inputs.a.shape[1], inputs.a.shape[2], inputs.b.shape[2]
     dot = b_in > 0 and a_in == 1 and rank > DOT_RANK and inputs.a.dtype != torch.float32
+    if dot and block > WIDEST_DOT:
+        block, chunks = WIDEST_DOT, chunks * block // WIDEST_DOT
     rows = rows_per_program
     while rows > 1 and rows * block * chunks > 1024 * rows_per_program:
         rows //= 2

@@ -353,7 +353,7 @@ def _phases(
     k2 = b2.shape[1]
     z = (x.view(n * h_in, k1) @ b1.view(rank1 * c, k1).mT).view(n, h_in, rank1, c)
     u = ffn_hidden.hidden_mix(z, a1, bias1, a2, activation)
-    if linear_norm.slices_plan(o_out, k2, c, x.dtype) is not None:
+    if linear_norm.slices_plan(o_out, rank2, k2, c, x.dtype) is not None:
         out = linear_norm.slices_norm(u, b2, bias2, x, weight, bias, eps, p=p, seed=seed, keep=keep)
     else:
         product = u.view(n * o_out, rank2 * c) @ _side_by_side(b2).mT

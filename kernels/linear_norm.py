@@ -37,6 +37,11 @@ LARGEST_SMALL = 64
 """Entries of the small matrix: each is a multiply-add per element of a slice."""
 
 
+MOST_SHARED = 72 * 1024
+"""Bytes of the big matrix in shared memory at once: the rest of a step takes up to 20 KiB, and the
+smallest cards (compute capabilities 8.6, 8.9 and 12.0) have 99."""
+
+
 class Plan(NamedTuple):
     """A shape seen from its small matrix, and how one program runs it.
 
@@ -70,7 +75,18 @@ def plan(shape: KroneckerShape, dtype: torch.dtype) -> Plan | None:
         return None
     held = shape.rank * (s_in if small_is_b else s_out)
     sizes = tiles(shape.out_features, held, columns, g_in, dtype)
-    return Plan(small_is_b, s_out, s_in, g_out, g_in, *sizes)
+    run = Plan(small_is_b, s_out, s_in, g_out, g_in, *sizes)
+    return _shared(run, shape.rank, 16, dtype)  # 32 spill: 4:2x16*384x192 on sm_90
+
+
+def _shared(run: Plan, rank: int, rows: int, dtype: torch.dtype) -> Plan | None:
+    """``run`` with steps that leave what they read of all terms' big matrices in `MOST_SHARED`, and
+    ``rows`` of a program where they had to be halved for it; None where 16 deep are too much."""
+    while rank * run.g_out * run.depth * dtype.itemsize > MOST_SHARED:
+        if run.depth <= 16:
+            return None
+        run = run._replace(rows=rows, depth=run.depth // 2)
+    return run
 
 
 def fits(shape: KroneckerShape, dtype: torch.dtype) -> bool:
@@ -278,7 +294,7 @@ def slices_norm(
 
     Outputs (n, a_out * b_out): slice i is the sum of ``b[r] · u[i, r]``."""
     n, s_out, rank, g_in = u.shape
-    run = slices_plan(s_out, b.shape[1], g_in, u.dtype)
+    run = slices_plan(s_out, rank, b.shape[1], g_in, u.dtype)
     require_size("slices_norm", (rank, b.shape[1], g_in), b=b)
     require_rows("slices_norm", u=u, b=b, shift=shift, seed=seed)
     if run is None:
@@ -292,14 +308,16 @@ def slices_norm(
     )
 
 
-def slices_plan(s_out: int, g_out: int, g_in: int, dtype: torch.dtype) -> Plan | None:
-    """How `slices_norm` runs s_out products with a (g_out, g_in) matrix, or None."""
+def slices_plan(s_out: int, rank: int, g_out: int, g_in: int, dtype: torch.dtype) -> Plan | None:
+    """How `slices_norm` runs s_out products with each of ``rank`` (g_out, g_in) matrices, or
+    None."""
     columns = _power(g_out, 128)
     if s_out > 8 or columns < 16 or s_out * g_out > WIDEST:
         return None
     # Without mixing the products are issued sooner and hold more operands: steps half as deep.
     sizes = tiles(s_out * g_out, 2 * max(s_out, 4), columns, g_in, dtype)
-    return Plan(False, s_out, s_out, g_out, g_in, *sizes)
+    run = Plan(False, s_out, s_out, g_out, g_in, *sizes)
+    return _shared(run, rank, run.rows, dtype)
 
 
 def _launch(

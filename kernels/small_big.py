@@ -94,10 +94,12 @@ def tiles(side: Sides, rank: int, dtype: torch.dtype) -> Tiles:
     depth = block(side.g_in, 64 if half else 16)
     stages = 1  # slices of x go to registers, not through s_in buffers of shared memory
     if side.small_is_b:
-        stages = 3 if half else 1
         # A (rows, depth, s_in) tile of x waits in registers.
         while depth > 16 and rows * depth * side.s_in > 16 * 32 * warps:
             depth //= 2
+        # and the next ones in shared memory: two of 64 KiB would not fit a GeForce's 99.
+        fits = rows * depth * triton.next_power_of_2(side.s_in) * 2 <= 32 * 1024
+        stages = (3 if fits else 2) if half else 1
         if rank > 1 or side.s_out * side.s_in < 32:
             budget //= 2  # a cheap mixture may as well be made again
     # The columns of one program share the mixture.

@@ -20,12 +20,20 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
     """The student in ``folder`` (or of a hub name), built with the class that saved it.
 
     "kronbert/NAME" is looked for as `shipped_path` does, then on the hub. Unlike the Auto classes
-    it refuses a checkpoint with missing, unexpected or misshapen tensors; a model that was saved
-    without a pooler is built without one. kwargs go to `from_pretrained` (dtype, device_map, ...).
+    it refuses a checkpoint with missing, unexpected or (unless ignore_mismatched_sizes=True)
+    misshapen tensors; a model that was saved without a pooler is built without one. kwargs go to
+    `from_pretrained` (dtype, device_map, ...).
     Raises `CheckpointError`."""
     import transformers
 
     name, folder = folder, find_shipped(folder) or folder
+    if "output_loading_info" in kwargs:
+        raise CheckpointError(
+            "load(output_loading_info=...): it raises an error where the information would have an "
+            "entry. Use the class's own from_pretrained."
+        )
+    if kwargs.get("subfolder", "") is None:
+        del kwargs["subfolder"]
     path = Path(folder, kwargs.get("subfolder", ""))
     if path.exists() and not (path / "config.json").is_file():
         raise CheckpointError(
@@ -69,8 +77,9 @@ def load(folder: str | Path, **kwargs: Any) -> nn.Module:
         raise
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {error}") from error
+    wanted = {"mismatched_keys"} if kwargs.get("ignore_mismatched_sizes") else set()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
+        if info.get(kind) and kind not in wanted:
             raise CheckpointError(
                 f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}. The "
                 "checkpoint and its config do not belong together: save the student again."

@@ -141,13 +141,24 @@ def convert(
     student.kronecker_plan = plan  # type: ignore[assignment]
     if fitted is not None:
         student.data_fit = fitted  # type: ignore[assignment]
-    for name, part in _saved(student).items():
+    parts = _saved(student)
+    for name, part in parts.items():
         if name in stored:
             from .hf import untie
 
+            if inplace and len(parts) == 1:
+                _own_config(part)
             part.config.quantization_config = stored[name]
             untie(part)
     return student
+
+
+def _own_config(part: Any) -> None:
+    """Another model may have been made with the same config object: this one's says more now."""
+    shared, own = part.config, copy.copy(part.config)
+    for module in part.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -158,6 +169,8 @@ def merge(model: nn.Module) -> nn.Module:
     found = {n: m for n, m in model.named_modules() if isinstance(m, KRONECKER_MODULES)}
     if not found:
         raise PlanError("merge: the model holds no Kronecker layer. Give the converted student.")
+    for name, module in found.items():
+        _check_hooks(name, module)
     memo: dict[int, Any] = {}
     new: dict[str, nn.Module] = {}
     tables: dict[int, nn.Embedding] = {}
@@ -350,14 +363,18 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"{name!r}: its weight is a {type(weight.data).__name__} of {weight.dtype}, "
             "sharded or quantised. Convert before sharding or quantising the model."
         )
-    hooks = [key for key, value in vars(module).items() if key.endswith("_hooks") and value]
-    if hooks or "forward" in vars(module):
-        raise PlanError(
-            f"{name!r} carries hooks ({hooks[0] if hooks else 'its forward is replaced'}), which a "
-            "new module would lose. Remove them, or keep the layer dense."
-        )
+    _check_hooks(name, module)
     if not torch.isfinite(weight).all():
         raise PlanError(
             f"{name!r}: its weight holds NaN or infinity. Use an intact checkpoint, or keep "
             "the layer dense (keep=[its name])."
+        )
+
+
+def _check_hooks(name: str, module: nn.Module) -> None:
+    hooks = [key for key, value in vars(module).items() if key.endswith("_hooks") and value]
+    if hooks or "forward" in vars(module):
+        raise PlanError(
+            f"{name!r} carries hooks ({hooks[0] if hooks else 'its forward is replaced'}), which a "
+            "new module would lose. Remove them, or keep the layer as it is."
         )

@@ -69,13 +69,17 @@ def tables() -> dict[str, CostTable]:
 class Kept:
     """The ways one product runs, by number of rows, and what they were made from."""
 
-    __slots__ = ("bias", "dtype", "inner", "made", "runs", "sources")
+    __slots__ = ("bias", "dtype", "inner", "made", "runs", "sources", "storages")
 
     def __init__(self, key: Key, pairs: Pairs, bias: Tensor | None, inner: int) -> None:
+        matrices = (*(a for a, _ in pairs), *(b for _, b in pairs))
         self.sources = [
             (weakref.ref(t, lambda _: _KEPT.pop(key, None)), t._version, t.data_ptr())
-            for t in (*(a for a, _ in pairs), *(b for _, b in pairs))
+            for t in matrices
         ]
+        self.storages = [t.untyped_storage() for t in matrices]
+        """So that no other numbers come to lie at their address: ``t.data = ...``, as
+        `nn.utils.vector_to_parameters` writes it, counts no version."""
         self.bias = None if bias is None else weakref.ref(bias)
         """The last one a product was checked with; no matrix depends on it."""
         self.dtype, self.inner = pairs[0][0].dtype, inner
@@ -254,6 +258,7 @@ def _runner(forms: tuple[Form, ...], shapes: Groups, pairs: Pairs, n: int) -> Ru
 
     def call(x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, inner).contiguous()
+        bias = None if bias is None else bias.contiguous()
         each = run if rows.shape[0] <= step else run_in_chunks
         form, shape, matrices = parts[0]
         y = each(form, shape, rows, matrices, bias, kernels=kernels)
@@ -267,8 +272,10 @@ def _runner(forms: tuple[Form, ...], shapes: Groups, pairs: Pairs, n: int) -> Ru
 def _ready(
     form: Form, shape: KroneckerShape, pair: tuple[Tensor, Tensor], n: int, kernels: bool
 ) -> tuple[Form, KroneckerShape, Matrices]:
-    """Matrices of their own: a view would keep the parameter alive, and show changes half."""
-    matrices = tuple(matrix.clone() for matrix in prepare(form, *pair))
+    """Matrices of their own: a view would keep the parameter alive, and show changes half. The C
+    kernels read them line by line, whatever the parameter's strides."""
+    plain = torch.contiguous_format
+    matrices = tuple(matrix.clone(memory_format=plain) for matrix in prepare(form, *pair))
     return form, shape, ready(form, shape, matrices, n, kernels=kernels)
 
 
@@ -276,7 +283,7 @@ def _dense(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """The product with a kept dense matrix. In float32 a bias costs less after it, but on few
     rows."""
     if matrix.is_mkldnn:
-        return plain_product(x.contiguous(), matrix, bias)
+        return plain_product(x.contiguous(), matrix, None if bias is None else bias.contiguous())
     if bias is None or x.numel() <= FEW_ROWS * x.shape[-1]:
         return plain_product(x, matrix, bias)
     return plain_product(x, matrix).add_(bias)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from . import cpu, functional, native
 from .cpu_blocks import HEAD, MASKS, TOKENS
+from .errors import KronbertError
 from .forms import LOW_RANK
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class _Middle(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _check_plain(dy)
         z, up, bias, down = ctx.saved_tensors
         dz, dup, ddown = (torch.zeros_like(tensor) for tensor in (z, up, down))
         dbias = None if bias is None else torch.zeros_like(bias)
@@ -105,6 +107,16 @@ class _Middle(torch.autograd.Function):
             if dbias is not None:
                 dbias += dwide.sum(0)
         return dz, dup, dbias, ddown
+
+
+def _check_plain(gradient: Tensor) -> None:
+    """Refuse the many gradients at once of ``vectorize=True`` and ``is_grads_batched=True``."""
+    kinds = torch._C._functorch
+    if kinds.is_batchedtensor(gradient) or kinds.is_legacy_batchedtensor(gradient):
+        raise KronbertError(
+            "the fused layers take one gradient at a time. For batched ones differentiate a model "
+            "after kronbert.unfuse(model)."
+        )
 
 
 def _has_kernels(z: Tensor, up: Tensor) -> bool:
@@ -184,6 +196,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        _check_plain(slope)
         query, key, value, mask = ctx.saved_tensors
         found = native.attention_backward(
             query, key, value, mask, ctx.heads, ctx.scale, slope.contiguous()

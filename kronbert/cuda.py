@@ -1,7 +1,7 @@
 """The CUDA engine: the Triton kernels, where the GPU and the operands allow them.
 
-Where they do not (no Triton, a GPU before Ampere, float64, exporting), `takes` says no and plain
-PyTorch runs; it gives the same numbers to rounding.
+Where they do not (no Triton, a GPU of AMD or before Ampere, float64, exporting), `takes` says no
+and plain PyTorch runs; it gives the same numbers to rounding.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 OLDEST = (8, 0)
 """Compute capability (Ampere) below which plain PyTorch runs: no bfloat16 in Triton's dot there."""
+
+
+_TRITON = importlib.util.find_spec("triton") is not None
+"""Asked here: torch.compile traces what is asked below, in torch 2.11 not this."""
 
 
 def takes(x: Tensor) -> bool:
@@ -156,6 +160,6 @@ def _seed(x: Tensor, dropout: float) -> Tensor | None:
 
 @cache
 def _supported(device: int) -> bool:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= OLDEST

@@ -51,14 +51,21 @@ def fuse(model: nn.Module, *, gelu: Gelu = "exact") -> nn.Module:
     expect_model("fuse", model)
     table = _table(model)
     new: dict[nn.Module, type[FusedBlock]] = {}
+    replaced = 0
     for module in model.modules():
-        if "forward" in vars(module):
-            continue  # a forward put on the object, which a new class would not reach
         if (block := table.get(type(module))) and block.form(module):
-            new[module] = block
+            if "forward" in vars(module):
+                replaced += 1  # put on the object, where a new class's would not reach
+            else:
+                new[module] = block
     for module, block in new.items():
         module.__class__ = block
     found = _fused_blocks(model)
+    if not found and replaced:
+        raise NoMatchError(
+            f"fuse: the forward of all {replaced} blocks is replaced, as accelerate does to "
+            "offload a model. Load it whole onto one device."
+        )
     if not found:
         raise NoMatchError(
             f"fuse: {type(model).__name__} has no block to fuse: expected layers or embeddings of "

@@ -148,9 +148,10 @@ def _linear_norm_backward(
     out = norm.residual_norm_backward(
         dy, total, mean, rstd, weight, p=p, seed=seed, has_bias=has_bias, has_shift=has_shift
     )
-    dx, da, db, _ = linear_backward.linear_backward(
-        out.dx, x, a, b, None, None, (needs[0], needs[1], needs[2], False)
-    )
+    with torch.autocast(x.device.type, enabled=False):  # gradients keep the dtype of forward
+        dx, da, db, _ = linear_backward.linear_backward(
+            out.dx, x, a, b, None, None, (needs[0], needs[1], needs[2], False)
+        )
     nothing: list[Tensor | None] = [None] * len(a)
     ends = (out.dshift, out.dtotal, out.dweight, out.dbias)
     return or_empty(dy, *ends, dx, *(da or nothing), *(db or nothing))
@@ -292,20 +293,21 @@ def _ffn_norm_backward(
     from .kernels import ffn
 
     dy, x, z, total = contiguous(dy, x, z, total)
-    out = ffn.ffn_norm_backward(
-        dy,
-        x,
-        z,
-        total,
-        mean,
-        rstd,
-        *contiguous(a1, b1, bias1, a2, b2, weight),
-        activation=activation,
-        p=p,
-        seed=seed,
-        has_bias2=has_bias2,
-        has_bias=has_bias,
-    )
+    with torch.autocast(x.device.type, enabled=False):  # gradients keep the dtype of forward
+        out = ffn.ffn_norm_backward(
+            dy,
+            x,
+            z,
+            total,
+            mean,
+            rstd,
+            *contiguous(a1, b1, bias1, a2, b2, weight),
+            activation=activation,
+            p=p,
+            seed=seed,
+            has_bias2=has_bias2,
+            has_bias=has_bias,
+        )
     return or_empty(dy, *out)
 
 

@@ -198,7 +198,8 @@ def _embed_norm_backward(
         ids, a, b, position_ids, position, position_padding, kind_ids, kind, kind_padding,
         weight, bias, eps, padding,
     )  # fmt: skip
-    found = embedding.embed_norm_backward(grad, given, mean, rstd, tuple(needs))
+    with torch.autocast(grad.device.type, enabled=False):  # gradients keep the dtype of forward
+        found = embedding.embed_norm_backward(grad, given, mean, rstd, tuple(needs))
     return [a.new_empty(0) if tensor is None else tensor for tensor in found]
 
 

@@ -15,6 +15,9 @@ from kronbert.presets import PRESETS
 from kronbert.shapes import KroneckerShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SEVERAL_TERMS = ("4:2x16*384x192", "2:2x2*512x512", "2:2x4*384x192", "4:512x64*2x16")
+"""Layers of which every term's big matrix has a part in shared memory."""
+
 PATHS: tuple[ffn.Path, ...] = ("phases", "whole")
 ROWS = 1024
 
@@ -53,6 +56,13 @@ def linear(shape: KroneckerShape, p: float, dtype: torch.dtype) -> None:
     residual = empty(ROWS, shape.out_features, dtype=dtype)
     rest: Any = (weight, residual, weight, weight, 1e-12)
     linear_norm.linear_norm(x, *matrices(shape, dtype), *rest, **dropped(p))
+
+
+def slices(rank: int, s_out: int, g_out: int, g_in: int) -> None:
+    like = {"dtype": torch.bfloat16}
+    u, b = empty(ROWS, s_out, rank, g_in, **like), empty(rank, g_out, g_in, **like)
+    residual, weight = empty(ROWS, s_out * g_out, **like), empty(s_out * g_out, **like)
+    linear_norm.slices_norm(u, b, weight, residual, weight, weight, 1e-12)
 
 
 def feed_forward(
@@ -105,6 +115,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """What training BERT-base launches; with KRONBERT_AOT_ALL set every preset, width, dtype and
     activation, and evaluation too: 220 launches, 0.2 to 20 s each on one core."""
     everything = bool(os.environ.get("KRONBERT_AOT_ALL"))
+    for spec in SEVERAL_TERMS if everything else SEVERAL_TERMS[:2]:
+        shape = KroneckerShape.parse(spec)
+        yield f"linear_norm {spec} bf16", functools.partial(linear, shape, 0.1, torch.bfloat16)
+    yield "slices_norm 2x192 of 4:384x192 bf16", functools.partial(slices, 4, 2, 384, 192)
     for kind, dtype in DTYPES.items():
         for p in (0.0, 0.1) if everything else (0.1,):
             for width in (312, 384, 768, 4096) if everything else (768,):

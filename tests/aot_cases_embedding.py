@@ -38,12 +38,14 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
         "k21 1x16": ((1, 48), (1, 1, 16)),
         "svd 64": ((64, 1), (64, 1, 768)),
+        "svd 128, 1,024 wide": ((128, 1), (128, 1, 1024)),
+        "svd 128, 1,000 wide": ((128, 1), (128, 1, 1000)),
         "dense 1,024": ((1024,), None),
         "k5 k19 1x12": ((1, 64), (1, 1, 12)),
         "k8 384 wide 1x8": ((1, 48), (1, 1, 8)),
         "4 terms 1x16": ((4, 48), (4, 1, 16)),
     }
-    for dtype, count in ((torch.bfloat16, 6), (torch.float32, 3), (torch.float16, 1)):
+    for dtype, count in ((torch.bfloat16, 8), (torch.float32, 5), (torch.float16, 1)):
         kind = str(dtype).removeprefix("torch.")
         for name, (a, b) in list(shapes.items())[:count]:
             yield f"embedding {name} {kind}", functools.partial(case, a, b, dtype, True)

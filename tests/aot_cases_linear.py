@@ -55,7 +55,7 @@ def mixed(dtype: torch.dtype) -> None:
     linear(x, [a, u], [b, v], bias, "gelu")
 
 
-OTHERS = ("48x48*16x16", "24x24*16x16", "96x96*8x8", "30x20*21x5", "64:768x1*1x768")
+OTHERS = ("48x48*16x16", "24x24*16x16", "96x96*8x8", "30x20*21x5", "64:768x1*1x768", "384x24*2x32")
 
 
 TRAINED: dict[str, Activation] = {

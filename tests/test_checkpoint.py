@@ -369,3 +369,12 @@ def test_a_class_that_transformers_does_not_have(folder):
     path.write_text(path.read_text().replace("BertForSequenceClassification", "MyClassifier"))
     with pytest.raises(CheckpointError, match=rf"'MyClassifier'.*{transformers.__version__} does"):
         kronbert.load(folder)
+
+
+def test_what_load_takes_of_from_pretrained(saved):
+    student, folder = saved
+    other = kronbert.load(folder, num_labels=3, ignore_mismatched_sizes=True)
+    assert other.classifier.out_features == 3
+    assert kronbert.load(folder, subfolder=None).num_parameters() == student.num_parameters()
+    with pytest.raises(CheckpointError, match=r"load\(output_loading_info=...\): it raises"):
+        kronbert.load(folder, output_loading_info=True)

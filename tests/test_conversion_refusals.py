@@ -233,3 +233,21 @@ def test_a_student_with_joined_layers_kept_dense_is_loaded_again(tmp_path):
     student.save_pretrained(tmp_path)
     again = kronbert.load(tmp_path).eval()
     assert torch.equal(again(IDS).last_hidden_state, student(IDS).last_hidden_state)
+
+
+def test_merge_would_lose_hooks():
+    student = kronbert.convert(classifier(), factor=3)
+    student.bert.pooler.dense.register_forward_hook(lambda *_: None)
+    with pytest.raises(PlanError, match=r"'bert.pooler.dense' carries hooks \(_forward_hooks\)"):
+        kronbert.merge(student)
+
+
+def test_a_config_that_another_model_has_too(tmp_path):
+    config = classifier().config
+    first, second = (type(classifier())(config) for _ in range(2))
+    kronbert.convert(first, factor=3, inplace=True)
+    assert first.config.quantization_config is not None
+    assert first.bert.encoder.config is first.config
+    second.save_pretrained(tmp_path)
+    again = type(second).from_pretrained(tmp_path)
+    assert again.num_parameters() == second.num_parameters()

@@ -200,3 +200,19 @@ def test_parameters_made_in_inference_mode_are_not_kept(pick):
         assert not cpu._KEPT
         layer.a.mul_(2)
         is_right(layer, x)
+
+
+@torch.no_grad()
+def test_parameters_from_one_vector():
+    """`nn.utils.vector_to_parameters` writes ``.data``; memory of the vector before last is free,
+    and its address would be met again."""
+    torch.manual_seed(0)
+    shape = KroneckerShape(384, 48, 2, 16)
+    layer, x = KroneckerLinear(768, 768, shape), torch.randn(16, 768)
+    base = nn.utils.parameters_to_vector(layer.parameters())
+    for _ in range(8):
+        for vector in (base + 0.1 * torch.randn_like(base), base.clone()):
+            nn.utils.vector_to_parameters(vector, layer.parameters())
+            del vector
+        nn.utils.vector_to_parameters(base + torch.randn_like(base), layer.parameters())
+        is_right(layer, x)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kronbert import ShapeError, cpu
+from kronbert import KroneckerShape, ShapeError, cpu, functional
 from kronbert.forms import DENSE
 from tests.kept_layers import definition, is_right, new
 
@@ -133,3 +133,27 @@ def test_subclasses_take_the_plain_path(warm, monkeypatch):
     y = warm(x.as_subclass(Own))
     assert type(y) is Own
     is_right(warm, x, y.as_subclass(torch.Tensor))
+
+
+C_SHAPES = ["384x48*2x16", "4x2*96x384", "2x16*384x192", "16x2*192x384", "96x96*8x8", "2x8*384x96"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", C_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts_of_matrices_and_bias(spec, dtype):
+    """Those that the kernels in C read by address."""
+    torch.manual_seed(0)
+    shape = KroneckerShape.parse(spec)
+    a, b = torch.randn(1, shape.a_out, shape.a_in), torch.randn(1, shape.b_out, shape.b_in)
+    a, b = a.to(dtype), b.to(dtype)
+    strided = [one.transpose(1, 2).contiguous().transpose(1, 2) for one in (a, b)]
+    two = torch.randn(shape.out_features, 2).to(dtype)
+    for n in (1, 16, 200):
+        x = torch.randn(n, shape.in_features).to(dtype)
+        for bias in (two[:, 0], two[:1, 0].expand(shape.out_features)):
+            cpu.forget()
+            expected = functional.kron_linear(x, a, b, bias.contiguous())
+            cpu.forget()
+            missed = functional.kron_linear(x, *strided, bias) - expected
+            assert missed.norm() < (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from kronbert import blocks, cpu_train, functional
 from kronbert.blocks import Linear
+from kronbert.errors import KronbertError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's forms")
 
@@ -88,3 +89,11 @@ def test_what_it_leaves_to_others():
     assert cpu_train.ffn(x, product, contract) is None
     assert cpu_train.ffn(x, a_map(190, WIDE, IN), contract) is None  # dense costs less
     assert cpu_train.ffn(x, expand, a_map(DOWN, OUT, WIDE + 1)) is None
+
+
+def test_many_gradients_at_once_are_refused():
+    x = torch.randn(5, IN, requires_grad=True)
+    y = blocks.ffn(x, a_map(UP, WIDE, IN), a_map(DOWN, OUT, WIDE))
+    given = torch.eye(5, OUT)[:, None].expand(5, 5, OUT)
+    with pytest.raises(KronbertError, match=r"one gradient at a time.*kronbert.unfuse\(model\)"):
+        torch.autograd.grad(y, x, given, is_grads_batched=True)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from kronbert import blocks, cpu_train, functional, native
 from kronbert.blocks import Linear
+from kronbert.errors import KronbertError
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's forms"),
@@ -178,3 +179,10 @@ def test_no_second_derivative():
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_many_gradients_at_once_are_refused():
+    maps, x = [a_map(96) for _ in range(3)], torch.randn(2, 7, WIDTH, requires_grad=True)
+    y = blocks.attention(x, *maps, 3, 0.2)
+    with pytest.raises(KronbertError, match=r"one gradient at a time.*kronbert.unfuse\(model\)"):
+        torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)

@@ -356,3 +356,12 @@ def test_a_mask_seen_in_inference_mode_serves_training():
     student.train()
     student(IDS, attention_mask=mask).last_hidden_state.sum().backward()
     assert all(p.grad is not None for p in student.encoder.parameters())
+
+
+def test_blocks_that_are_offloaded_are_named():
+    model = a_model()
+    for module in model.modules():
+        if not list(module.parameters(recurse=False)):
+            module.forward = module.forward
+    with pytest.raises(NoMatchError, match=r"forward of all \d+ blocks is replaced, as accelerate"):
+        fuse(model)

@@ -16,6 +16,7 @@ from kronbert.errors import KronbertError, ShapeError
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
+from kronbert.kernels import embedding
 from kronbert.kernels.embedding import Inputs, Table, embed_norm, embed_norm_backward
 from kronbert.kernels.segment_sum import segment_sum
 
@@ -387,3 +388,27 @@ def test_importing_the_op_loads_no_triton():
     code = "import sys, kronbert.op_embedding; print([m for m in sys.modules if 'triton' == m])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_gradients_inside_autocast_are_those_outside():
+    """A backward pass inside: float32 tables' gradients are not computed in half precision."""
+
+    def gradients(inside):
+        torch.manual_seed(3)
+        given = arguments()
+        out = op_embedding.embed_norm(**given)
+        leaves = [given["a"], given["b"]]
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=inside):
+            return torch.autograd.grad(out.square().sum(), leaves)
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_products_columns_fit_the_smallest_cards():
+    """Compute capability 8.6 has 99 KiB of shared memory for the two tiles in flight."""
+    for width in (256, 312, 768, 1000, 1024, 2048):
+        a, b = torch.empty(40, 128, 1).half(), torch.empty(128, 1, width).half()
+        sizes = embedding._sizes(embedding.Inputs(torch.zeros(3).long(), a, b), 4)
+        assert 2 * sizes["BLOCK_RANK"] * sizes["BLOCK"] * 2 <= 72 * 1024
+        assert sizes["BLOCK"] * sizes["CHUNKS"] >= width

@@ -69,7 +69,7 @@ TABLE = {
     "cuda": Row("shapes", lazily="op_*", outside="torch"),
     "functional": Row(f"{SIZES} forms cpu cuda", outside="torch"),
     "cpu_blocks": Row("shapes native forms cpu functional", outside="torch"),
-    "cpu_train": Row("native forms cpu cpu_blocks functional", outside="torch"),
+    "cpu_train": Row("errors native forms cpu cpu_blocks functional", outside="torch"),
     "blocks": Row("errors forms cpu cpu_blocks cpu_train cuda functional", outside="torch"),
     "losses": Row("errors functional", outside="torch"),
     "linear": Row(f"{ARITHMETIC} cpu", outside="torch", outside_lazily="transformers"),

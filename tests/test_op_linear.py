@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kronbert import op_linear, reference
+from kronbert import cuda, op_linear, reference
 from kronbert.errors import KronbertError
 from kronbert.shapes import KroneckerShape
 
@@ -109,3 +109,22 @@ def test_autocast():
 def test_import_needs_no_triton():
     code = "import sys, kronbert.op_linear; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_compiled_graph_asks_of_the_gpu(monkeypatch):
+    """`torch.compile` traces the question at every call: no search for modules in it, which torch
+    2.11 leaves to Python."""
+
+    def searched(*args):
+        raise AssertionError("a module was searched for")
+
+    monkeypatch.setattr("importlib.util.find_spec", searched)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda._supported.cache_clear()
+    try:
+        assert cuda._supported(0)
+        cuda._supported.cache_clear()
+        monkeypatch.setattr(torch.version, "hip", "6.4")  # compute capability 9.x too
+        assert not cuda._supported(0)
+    finally:
+        cuda._supported.cache_clear()
