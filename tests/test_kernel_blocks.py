@@ -205,6 +205,7 @@ def test_linear_norm_without_biases():
         "768x1*1x768",
         "16x48*48x16",  # b first is far cheaper
         "64x32*3x4",  # outputs interleave by powers of two only
+        "4:1024x64*1x16",  # 128 KiB of four big matrices in steps of 16
     ],
 )
 def test_linear_norm_says_what_does_not_fit(text):
@@ -215,6 +216,23 @@ def test_linear_norm_says_what_does_not_fit(text):
     x = normal(2, shape.in_features, dtype=torch.float16)
     with pytest.raises(ShapeError, match=r"does not fit one kernel. Use linear\(\) and residual"):
         linear_norm.linear_norm(x, a, b, None, None, weight, None, EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "text",
+    ["2x16*384x192", "4:2x16*384x192", "2:2x4*384x192", "2:2x2*512x512", "4:384x48*2x16"],
+)
+def test_steps_fit_the_smallest_cards(text, dtype):
+    """Of 99 KiB of shared memory they leave the rest of a step 27."""
+    shape = KroneckerShape.parse(text)
+    run = linear_norm.plan(shape, dtype)
+    if run is None:
+        assert dtype == torch.float32
+        assert shape.rank == 4
+        return
+    assert shape.rank * run.g_out * run.depth * dtype.itemsize <= 72 * 1024
+    assert run.depth >= 16
 
 
 @pytest.mark.parametrize("name", ["k8", "k19", "k21"])

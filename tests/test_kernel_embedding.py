@@ -395,7 +395,7 @@ def test_gradients_inside_autocast_are_those_outside():
 
     def gradients(inside):
         torch.manual_seed(3)
-        given = arguments()
+        given = arguments("large b")
         out = op_embedding.embed_norm(**given)
         leaves = [given["a"], given["b"]]
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=inside):
