@@ -13,7 +13,7 @@ from rich.table import Table
 from .errors import PlanError
 from .job_folder import writable
 
-out = Console()
+out = Console(markup=False, highlight=False)
 
 
 def calibrate(

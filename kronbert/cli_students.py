@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .cli_options import Factor, Layers, Preset, Rules, parse_rules
 
-out = Console()
+out = Console(markup=False, highlight=False)
 
 
 class Init(str, Enum):

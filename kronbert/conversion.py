@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from .config import KroneckerConfig
+from .config import DEFAULT_KEEP, KroneckerConfig
 from .data_init import calibration_batches, fit_to_data
 from .embedding import KroneckerEmbedding
 from .errors import PlanError, ShapeError, expect_model
@@ -40,9 +41,10 @@ def plan(
 ) -> Plan:
     """What `convert` would do, before any weight is touched: a printable, editable `Plan`.
 
-    model_or_config: a model, or a transformers config (no weights needed). factor, preset, rules,
-    keep: see `KroneckerConfig`; or give one as ``config``. errors: with a model, fit every layer to
-    print its relative error (seconds for BERT-base; False: sizes only)."""
+    model_or_config: a model, or a transformers config (no weights needed). factor, preset,
+    rules: see `KroneckerConfig`; or give one as ``config``. keep: names that stay dense, patterns
+    as there, beside the task's head (an empty list: none, nor that). errors: with a model, fit
+    every layer to print its relative error (seconds for BERT-base; False: sizes only)."""
     if isinstance(model_or_config, nn.Module):
         _check_model(model_or_config)
     stored: Any = getattr(model_or_config, "quantization_config", None)
@@ -105,7 +107,13 @@ def convert(
                 "kronbert.Plan.from_json(json.loads(Path(...).read_text()))."
             )
         _check_plan(plan, sizes)
-        plan = replace(plan, dense_parameters=sizes.parameters, model_type=sizes.model_type)
+        rows = {layer.size.name: layer for layer in plan.layers}
+        plan = replace(
+            plan,
+            layers=tuple(rows.get(x.name, PlannedLayer(size=x)) for x in sizes.layers),
+            dense_parameters=sizes.parameters,
+            model_type=sizes.model_type,
+        )
     _check_weights(model, plan)
     modules = dict(model.named_modules())
     memo: dict[int, Any] = {}
@@ -253,7 +261,9 @@ def _config(
     given: dict[str, Any] = {"factor": factor, "preset": preset, "rules": rules or {}}
     if keep is not None:
         several = isinstance(keep, Iterable) and not isinstance(keep, str)
-        given["keep"] = tuple(keep) if several else (keep,)
+        own = tuple(keep) if several else (keep,)
+        plain = own and all(isinstance(pattern, str) for pattern in own)
+        given["keep"] = (*DEFAULT_KEEP, *own) if plain else own
     return KroneckerConfig(**given)
 
 
@@ -299,6 +309,9 @@ def _check_plan(plan: Plan, sizes: Inventory) -> None:
     if not plan.converted:
         raise PlanError("convert(plan=...): no layer of the plan would be converted. Edit it.")
     known = {layer.name: layer for layer in sizes.layers}
+    rows = Counter(layer.size.name for layer in plan.layers)
+    if twice := [name for name, count in rows.items() if count > 1]:
+        raise PlanError(f"{twice[0]!r}: the plan has two rows for it, expected one. Remove one.")
     converted = {layer.size.name for layer in plan.converted}
     for layer in plan.layers:
         name, size = layer.size.name, known.get(layer.size.name)

@@ -12,9 +12,11 @@ from .shipped import find_shipped
 
 
 def open_pretrained(auto: Any, name: str, **kwargs: Any) -> Any:
-    """``auto.from_pretrained(name)``; `DataError` in plain words where there is nothing to load."""
+    """``auto.from_pretrained(name)``, of a student of `kronbert.list_students` by its name too;
+    `DataError` in plain words where there is nothing to load."""
     from safetensors import SafetensorError
 
+    name = str(find_shipped(name) or name)
     folder = Path(name).expanduser()
     by_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name
     if by_path and not folder.exists():
@@ -79,7 +81,6 @@ def open_model(name: str) -> Any:
     sentence encoders are saved. `DistillError` where a weight is missing from the checkpoint."""
     import transformers
 
-    name = str(find_shipped(name) or name)
     config = open_pretrained(transformers.AutoConfig, name)
     saved_as = (config.architectures or ["AutoModel"])[0]
     auto = getattr(transformers, saved_as, transformers.AutoModel)

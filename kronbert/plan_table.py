@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from itertools import compress, groupby
 from typing import TYPE_CHECKING, Any
 
 from .shapes import Groups, KroneckerShape, dense_flops, partial
 
 if TYPE_CHECKING:
-    from .planning import Plan, PlannedLayer
+    from .planning import LayerSize, Plan, PlannedLayer
 
 COLUMNS = ("layer", "n", "weight", "becomes", "parameters", "ratio", "b first", "a first", "error")
 LEFT_OUT = ((), ("weight",), ("weight", "b first", "a first"))
@@ -18,12 +19,14 @@ LEFT_OUT = ((), ("weight",), ("weight", "b first", "a first"))
 
 
 def rows(plan: Plan) -> list[tuple[str, list[PlannedLayer]]]:
-    """(pattern, layers): names that differ only in their numbers, with the same shapes."""
-    found: dict[tuple[str, Groups], list[PlannedLayer]] = {}
+    """(pattern, layers): names that differ only in their numbers, of one size, with the same
+    shapes."""
+    found: dict[tuple[str, Groups, LayerSize], list[PlannedLayer]] = {}
     for layer in plan.layers:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.size.name)
-        found.setdefault((pattern, layer.groups), []).append(layer)
-    return [(pattern, layers) for (pattern, _), layers in found.items()]
+        alike = replace(layer.size, name="", dense_because=None)
+        found.setdefault((pattern, layer.groups, alike), []).append(layer)
+    return [(pattern, layers) for (pattern, _, _), layers in found.items()]
 
 
 class Renderable:
@@ -108,7 +111,9 @@ def render(plan: Plan, width: int = 100) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_jupyter=False).print(Renderable(plan))
+    Console(file=out, width=width, color_system=None, force_jupyter=False, markup=False).print(
+        Renderable(plan)
+    )
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip()
 
 

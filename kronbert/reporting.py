@@ -168,7 +168,9 @@ class Report:
         from rich.console import Console
 
         text = io.StringIO()
-        Console(file=text, width=100, color_system=None, force_jupyter=False).print(self.__rich__())
+        Console(file=text, width=100, color_system=None, force_jupyter=False, markup=False).print(
+            self.__rich__()
+        )
         return text.getvalue().rstrip()
 
     def __rich__(self) -> Any:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import kronbert
 from kronbert import cli
+from kronbert.errors import KronbertError
 from kronbert.job_models import open_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -358,3 +359,31 @@ def _base(teacher, tmp_path):
     model.bert.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+def test_names_in_brackets_are_printed_as_they_are(teacher, tmp_path):
+    output = tmp_path / "run[final]x[/b]"
+    said = run("convert", teacher, "--output", output, "--factor", 3)
+    assert "run[final]x[/b]" in said.replace("\n", "")
+    assert (output / "config.json").is_file()
+
+
+def test_a_pipe_whose_code_page_has_no_product_sign(teacher):
+    code = "import sys; sys.argv[1:] = ['plan', sys.argv[1], '--preset', 'k8']; " \
+           "from kronbert.cli import main; main()"  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(teacher)],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"times smaller" in done.stdout
+
+
+def test_a_shipped_name_is_known_by_every_command(tiny_task):
+    """`plan` refuses a student, and evaluation a bare encoder: both have found it."""
+    for words in (("plan", "kronbert/minilm-x19", "--factor", 3),
+                  ("evaluate", "kronbert/minilm-x19", "--task", tiny_task)):  # fmt: skip
+        with pytest.raises(KronbertError) as refused:
+            run(*words)
+        assert "no such folder" not in str(refused.value)

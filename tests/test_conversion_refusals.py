@@ -1,5 +1,7 @@
 """convert and merge refuse weights they cannot read and plans of other models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -251,3 +253,28 @@ def test_a_config_that_another_model_has_too(tmp_path):
     second.save_pretrained(tmp_path)
     again = type(second).from_pretrained(tmp_path)
     assert again.num_parameters() == second.num_parameters()
+
+
+def test_a_plan_with_other_rows_than_the_model():
+    """What it has no row for stays dense, and counts; two rows for one layer are refused."""
+    model = classifier()
+    plan = kronbert.plan(model, factor=3)
+    fewer = kronbert.plan(kronbert.fewer_layers(model, 1), factor=2)
+    student = kronbert.convert(model, plan=fewer)
+    made = student.kronecker_plan
+    assert [layer.size.name for layer in made.layers] == [layer.size.name for layer in plan.layers]
+    assert made.linear_flops() == kronbert.report(student, latency=False).student.linear_flops
+    assert made.parameters == student.num_parameters()
+    with pytest.raises(PlanError, match=r"the plan has two rows for it"):
+        kronbert.convert(model, plan=replace(plan, layers=(*plan.layers, plan.layers[1])))
+
+
+def test_what_is_kept_beside_the_head():
+    """A pattern of one's own does not give the task's head away; an empty list does."""
+    model = classifier()
+    for keep in (None, ["bert.pooler*"], "bert.pooler*"):
+        student = kronbert.convert(model, factor=3, keep=keep)
+        assert type(student.classifier) is torch.nn.Linear
+        kept = type(student.bert.pooler.dense) is torch.nn.Linear
+        assert kept == (keep is not None)
+    assert kronbert.plan(model, factor=3, keep=[]).config.keep == ()

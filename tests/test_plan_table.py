@@ -3,8 +3,10 @@
 import re
 
 import pytest
+from torch import nn
 from transformers import BertConfig
 
+import kronbert
 from kronbert.config import KroneckerConfig
 from kronbert.inventory import inventory
 from kronbert.plan_table import COLUMNS, LEFT_OUT, render, rows
@@ -122,3 +124,10 @@ def test_rich_prints_a_plan(plan):
     with console.capture() as captured:
         console.print(plan)
     assert "times smaller" in captured.get()
+
+
+def test_layers_of_other_sizes_have_rows_of_their_own():
+    net = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 32), nn.Linear(32, 64))
+    plan = kronbert.plan(nn.ModuleDict({"net": net}), rules={"net.3": {"rank": 2}})
+    found = [(pattern, [layer.size.name for layer in layers]) for pattern, layers in rows(plan)]
+    assert [names for _, names in found] == [["net.0"], ["net.2"], ["net.3"]]
