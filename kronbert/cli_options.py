@@ -63,6 +63,8 @@ def parse_rules(rules: list[str] | None) -> dict[str, Any] | None:
             raise PlanError(
                 f"--rule {text!r}: expected NAME=VALUE, for example 're:.*query=dense'."
             )
+        if name in parsed:
+            raise PlanError(f"--rule {text!r}: a second one for {name!r}. Give one.")
         key, colon, number = value.partition(":")
         if colon and key in ("rank", "factor"):
             try:

@@ -178,15 +178,24 @@ def pareto(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def best_under(layer: LayerSize, factor: float) -> Groups:
-    """The groups with the least predicted loss among those at least ``factor`` times smaller."""
-    allowed = [c for c in candidates(layer) if c.weights * factor <= layer.weights and c.groups]
-    if not allowed:
+    """The groups with the least predicted loss among those at least ``factor`` times smaller; what
+    they would leave unused is spent on quality, as by `choose`."""
+    picked: list[Candidate] = []
+    for run_weight in RUN_WEIGHTS:
+        found = candidates(layer, run_weight)
+        allowed = [c for c in found if c.weights * factor <= layer.weights and c.groups]
+        if not allowed:
+            break
+        picked.append(min(allowed, key=lambda c: c.loss))
+        if layer.weights <= picked[-1].weights * factor * TOLERANCE:
+            break
+    if not picked:
         largest = layer.weights / min(c.weights for c in candidates(layer))
         raise PlanError(
             f"{layer.name!r}: factor={factor:g} is out of reach for {layer.out}x{layer.inner}; the "
             f"largest is {_down(largest)}. Ask for less, or give a shape or {{'rank': 1}}."
         )
-    return min(allowed, key=lambda c: c.loss).groups
+    return picked[-1].groups
 
 
 def choose(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import kronbert
 from kronbert import cli
-from kronbert.errors import KronbertError
+from kronbert.errors import KronbertError, PlanError
 from kronbert.job_models import open_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -359,6 +359,12 @@ def _base(teacher, tmp_path):
     model.bert.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+def test_two_rules_for_one_name(teacher):
+    with pytest.raises(PlanError, match="a second one for 're:"):
+        run("plan", teacher, "--factor", 3, "--rule", "re:.*query=dense", "--rule",
+            "re:.*query=rank:2")  # fmt: skip
 
 
 def test_names_in_brackets_are_printed_as_they_are(teacher, tmp_path):
