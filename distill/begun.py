@@ -16,17 +16,25 @@ ASKED = "asked.json"
 def claim(folder: Path, told: Mapping[str, Any], *, begun: bool) -> None:
     """Note in ``folder`` what is trained there; begun: it has checkpoints already, and
     `DistillError` says where they are of something else. What is not told is not compared."""
-    path, plain = folder / ASKED, json.loads(json.dumps(told))
-    if begun and path.is_file():
-        saved = json.loads(path.read_text())
-        keys = dict.fromkeys((*plain, *saved))
-        other = ", ".join(key for key in keys if saved.get(key) != plain.get(key))
-        if other:
-            raise DistillError(
-                f"{folder}: holds checkpoints of another stage (other {other}), from which this "
-                "one would go on. Train in another folder, or delete this one."
-            )
+    path = folder / ASKED
+    if begun and path.is_file() and (other := differing(json.loads(path.read_text()), told)):
+        raise DistillError(
+            f"{folder}: holds checkpoints of another stage (other {other}), from which this one "
+            "would go on. Train in another folder, or delete this one."
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    write(path, told)
+
+
+def differing(saved: Mapping[str, Any], told: Mapping[str, Any]) -> str:
+    """The keys, in a line, whose values are not what JSON keeps of those in ``told``."""
+    plain = json.loads(json.dumps(told))
+    keys = dict.fromkeys((*plain, *saved))
+    return ", ".join(key for key in keys if saved.get(key) != plain.get(key))
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(plain, indent=2))
+    part.write_text(json.dumps(content, indent=2))
     os.replace(part, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from kronbert.distill.begun import ASKED, differing, write
 from kronbert.distill.data import TaskData
 from kronbert.distill.digests import data_digest
 from kronbert.distill.finetune import CACHE, evaluate, run_stage
@@ -22,7 +22,7 @@ from kronbert.distill.stages import Stage
 from kronbert.distill.teacher_cache import model_digest
 from kronbert.errors import DistillError
 
-ASKED, RESULT = "asked.json", "result.json"
+RESULT = "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def search_rates(
             if say is not None:
                 say(f"learning rate {short.learning_rate:g}: {short.epochs:g} epochs")
             place.mkdir(parents=True, exist_ok=True)
-            _write(place / ASKED, {"of": told, "result": None})
+            write(place / ASKED, {"of": told, "result": None})
             began, model = monotonic(), copy.deepcopy(student)
             given: dict[str, Any] = {"cache": folder / CACHE, "keep_last": True, "say": say}
             run_stage(
@@ -131,7 +131,7 @@ def search_rates(
                 score=score,
                 seconds=round(monotonic() - began, 1),
             )
-            _write(place / RESULT, {"of": told, "result": asdict(result)})
+            write(place / RESULT, {"of": told, "result": asdict(result)})
             (place / ASKED).unlink()
             shutil.rmtree(place / "run", ignore_errors=True)  # the checkpoint has done its duty
         if say is not None:
@@ -162,18 +162,9 @@ def _read(path: Path, told: dict[str, Any]) -> RateResult | None:
     if not path.is_file():
         return None
     saved = json.loads(path.read_text())
-    plain = json.loads(json.dumps(told))
-    if saved["of"] != plain:
-        keys = dict.fromkeys((*plain, *saved["of"]))
-        other = ", ".join(key for key in keys if saved["of"].get(key) != plain.get(key))
+    if other := differing(saved["of"], told):
         raise DistillError(
             f"{path}: the result of another search (other {other}). Search in another folder, or "
             "delete this one."
         )
     return RateResult(**saved["result"]) if saved["result"] else None
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2))
-    os.replace(part, path)

@@ -15,6 +15,7 @@ FILES = (
     "test_kernel_gated.py",
     "test_kernel_embedding.py",
     "test_op_blocks.py",
+    "test_op_embedding.py",
     "test_op_gated.py",
 )
 

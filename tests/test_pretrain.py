@@ -10,13 +10,7 @@ import torch
 from filelock import FileLock
 from matplotlib.image import imread
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    TrainerCallback,
-)
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 import kronbert
 from kronbert.distill import finetune
@@ -265,7 +259,7 @@ def test_masked_lm_head_is_trained_and_half_loads_as_float32(masked, texts, tmp_
 def test_a_head_that_only_the_config_names(tiny_bert, texts, tmp_path):
     """As sentence encoders are saved: no word is masked, for want of weights to answer with."""
     model = shutil.copytree(tiny_bert, tmp_path / "encoder")
-    config = AutoConfig.from_pretrained(model)
+    config = AutoModel.from_pretrained(model).config
     config.architectures = ["BertForMaskedLM"]
     config.save_pretrained(model)
     asked = settings_for(model, texts, tmp_path / "out", epochs=0.5, valid=None)

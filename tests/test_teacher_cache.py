@@ -1,8 +1,6 @@
 """The teacher's outputs on disk: the same numbers, one computation, no teacher in training."""
 
 import copy
-import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,16 +12,11 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
 )
 
 from kronbert.distill import (
-    DistillArguments,
-    DistillTrainer,
     Objective,
     Stage,
     Term,
@@ -41,11 +34,7 @@ from kronbert.distill.teacher_cache import (
     with_teacher,
 )
 from kronbert.errors import DistillError
-
-SOFT = Objective(terms=(Term(tap="logits", loss="kl", temperature=2.0),))
-STAGE = Stage(name="task", objective=SOFT, learning_rate=1e-3, epochs=1, batch_size=16,
-              cache_teacher=True)  # fmt: skip
-
+from tests.small_teacher import SOFT, STAGE, a_teacher, model_of, with_teacher_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,24 +47,6 @@ def tokenizer(tiny_bert):
 @pytest.fixture(scope="module")
 def rows(tiny_task, tokenizer):
     return tokenize(load_folder(tiny_task), tokenizer)
-
-
-def with_teacher_logits(*args, **given):
-    taught, states = with_teacher(*args, **given)
-    assert states is None
-    return taught
-
-
-def model_of(folder, seed=1):
-    torch.manual_seed(seed)
-    return AutoModelForSequenceClassification.from_pretrained(folder)
-
-
-def a_teacher(folder):
-    model = model_of(folder, 2)
-    with torch.no_grad():
-        model.classifier.weight.mul_(20)
-    return model
 
 
 @contextmanager
@@ -400,101 +371,3 @@ def test_a_note_of_lost_parts_skips_no_rows(monkeypatch, tiny_bert, rows, tokeni
     taught, again = with_teacher(rows.train, teacher, tmp_path / "b", **given)
     assert np.array_equal(whole.values, again.values)
     assert all(any(row) for row in taught["teacher_logits"])
-
-
-def test_two_runs_beside_one_another(tiny_bert, rows, tokenizer, tmp_path, calls):
-    """The second waits for the first, and reads what it has written."""
-    alone = with_teacher_logits(
-        rows.train, a_teacher(tiny_bert), tmp_path / "a", tokenizer=tokenizer
-    )
-    calls.clear()
-    found, teachers = {}, [a_teacher(tiny_bert) for _ in range(2)]
-    began = threading.Event()
-
-    def slowly(*_):
-        began.set()
-        time.sleep(0.1)
-
-    teachers[0].register_forward_pre_hook(slowly)
-
-    def run(name, teacher):
-        found[name] = with_teacher_logits(
-            rows.train, teacher, tmp_path / "b", tokenizer=tokenizer, batch_size=32
-        )
-
-    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(teachers)]
-    threads[0].start()
-    began.wait()
-    threads[1].start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 8
-    for one in found.values():
-        assert np.allclose(one[TEACHER_LOGITS], alone[TEACHER_LOGITS], atol=1e-5)
-
-
-def test_a_teacher_that_a_trainer_has_prepared_answers_in_its_own_precision(
-    tiny_bert, rows, tokenizer, tmp_path
-):
-    plain, prepared = a_teacher(tiny_bert), a_teacher(tiny_bert)
-    Trainer(
-        prepared,
-        TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none"),
-        eval_dataset=rows.train.select(range(8)),
-        processing_class=tokenizer,
-    ).evaluate()
-    marks = {"forward", "_original_forward", "_is_accelerate_prepared"}
-    assert marks <= set(vars(prepared))
-    found, expected = (
-        with_teacher_logits(rows.train, one, tmp_path / name, tokenizer=tokenizer)[TEACHER_LOGITS]
-        for one, name in ((prepared, "a"), (plain, "b"))
-    )
-    assert found == expected
-    assert marks <= set(vars(prepared))  # it is the caller's
-
-
-def test_states_are_those_of_their_layers(tiny_bert, rows, tokenizer, tmp_path):
-    """Kept of all layers, read by an objective of one; and refused where it has none."""
-    teacher = a_teacher(tiny_bert)
-    few = rows.train.select(range(16))
-    student = model_of(tiny_bert)
-    for parameter in student.parameters():
-        parameter.data.mul_(1.5)
-    objective = Objective(terms=(Term(tap="ffn"), Term(tap="logits", loss="kl")), layer_map=(0, 2))
-    losses = []
-    for layers in ((), (2,), (0, 1, 2), (0, 1)):
-        taught, states = few, None
-        if layers:
-            taught, states = with_teacher(
-                few, teacher, tmp_path, tokenizer=tokenizer, layers=layers
-            )
-        collate = DataCollatorWithPadding(tokenizer)
-        trainer = DistillTrainer(
-            student,
-            DistillArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
-            teacher=a_teacher(tiny_bert),
-            objective=objective,
-        )
-        batch = (WithStates(collate, states) if states else collate)(list(taught))
-        if layers == (0, 1):
-            with pytest.raises(DistillError, match=r"reads layer 2 of the teacher .*are of 0, 1:"):
-                trainer.objective_losses([batch])
-        else:
-            losses.append(trainer.objective_losses([batch])["ffn"])
-    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-3)
-
-
-def test_rows_of_tensors(tiny_bert, rows, tokenizer, tmp_path):
-    """As datasets gives them after with_format("torch")."""
-    tensors = replace(rows, train=rows.train.with_format("torch"))
-    found = with_teacher_logits(tensors.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer)
-    expected = with_teacher_logits(rows.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer)
-    assert found.with_format(None)[TEACHER_LOGITS] == expected[TEACHER_LOGITS]
-    models = [model_of(tiny_bert) for _ in range(2)]
-    for model, data, name in zip(models, (tensors, rows), "ab", strict=True):
-        run_stage(
-            model, a_teacher(tiny_bert), STAGE, data, tmp_path / name / "run", tokenizer=tokenizer,
-            precision="fp32", max_steps=3,
-        )  # fmt: skip
-    for name, value in models[0].state_dict().items():
-        assert torch.equal(value, models[1].state_dict()[name]), name
