@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from .calibration import calibration_batches
 from .config import DEFAULT_KEEP, KroneckerConfig
-from .data_init import calibration_batches, fit_to_data
+from .data_init import fit_to_data
 from .embedding import KroneckerEmbedding
 from .errors import PlanError, ShapeError, expect_model
 from .fusion import unfuse

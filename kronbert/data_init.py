@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .calibration import check_sides, mask_of, moved, tokens_of
 from .embedding import KroneckerEmbedding
 from .errors import PlanError
 from .fit_report import FitReport, LayerFit
@@ -41,80 +42,6 @@ SMOOTHING = 0.1
 
 Relative error of the embeddings' output on held-out text, same model and tokens: 0.76 / 0.77 /
 0.79 / 0.84 for 0.05 / 0.1 / 0.5 / 5. Words that never occurred keep a vote."""
-
-READ_AT_MOST = 65_536
-"""Tokens after which no further batch is read: a loader of a whole data set would not fit."""
-
-
-APART, TOGETHER = 64, 4096
-"""More batches than ``APART`` are put together, those of one form, up to so many tokens."""
-
-
-def calibration_batches(init: str, calibration: Iterable[Any] | None) -> list[Any] | None:
-    """The batches to fit on, at most `READ_AT_MOST` tokens; None for init="weights".
-
-    Raises `PlanError` for arguments that do not go together and batches that cannot be used."""
-    if init not in ("weights", "data"):
-        raise PlanError(f"convert(init={init!r}): expected 'weights' or 'data'.")
-    if init == "weights":
-        if calibration is not None:
-            raise PlanError(
-                "convert(calibration=...): init='weights' reads no text. Add init='data', or leave "
-                "calibration out."
-            )
-        return None
-    if calibration is None or isinstance(calibration, Mapping | Tensor | str):
-        raise PlanError(
-            f"convert(init='data', calibration={type(calibration).__name__}): expected an iterable "
-            "of batches of model inputs, for example a DataLoader, or a list with one dict that "
-            "a tokenizer gave (return_tensors='pt')."
-        )
-    batches: list[Any] = []
-    tokens = 0
-    for index, batch in enumerate(calibration):
-        if not isinstance(batch, Mapping | Tensor):
-            raise PlanError(
-                f"convert(calibration=...): batch {index} is a {type(batch).__name__}: expected a "
-                "dict of tensors, as a tokenizer gives, or one tensor."
-            )
-        if found := _tokens(batch, index):
-            batches.append(dict(batch) if isinstance(batch, Mapping) else batch)
-            tokens += found
-        if tokens >= READ_AT_MOST:
-            break
-    if not tokens:
-        raise PlanError(
-            "convert(calibration=...): no batch has a token that counts. Give a few hundred "
-            "sentences, as tensors (the tokenizer's return_tensors='pt')."
-        )
-    return _joined(batches) if len(batches) > APART else batches
-
-
-def _joined(batches: Sequence[Any]) -> list[Any]:
-    """Batches of one form put together: every batch costs two threads (`kronbert.walk`), and
-    single sentences are batches too."""
-    forms: dict[Any, list[Any]] = {}
-    joined: list[Any] = []
-    for batch in batches:
-        tensors = batch if isinstance(batch, Mapping) else {"": batch}
-        plain = all(isinstance(x, Tensor) and x.dim() for x in tensors.values())
-        if plain and len({len(x) for x in tensors.values()}) == 1:
-            form = tuple((name, x.shape[1:], x.dtype, x.device) for name, x in tensors.items())
-            forms.setdefault(form, []).append(batch)
-        else:
-            joined.append(batch)
-    for alike in forms.values():
-        most = max(1, TOGETHER // max(1, _tokens(alike[0], 0)))
-        joined += [_one(alike[i : i + most]) for i in range(0, len(alike), most)]
-    return joined
-
-
-def _one(batches: Sequence[Any]) -> Any:
-    if len(batches) == 1:
-        return batches[0]
-    if isinstance(batches[0], Tensor):
-        return torch.cat(list(batches))
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def fit_to_data(
@@ -162,6 +89,7 @@ class _Fit:
         batches: Sequence[Any],
         places: Set[str],
     ) -> None:
+        check_sides(teacher, batches)
         self._places = places
         modules = dict(teacher.named_modules())
         self._teacher = teacher
@@ -169,8 +97,8 @@ class _Fit:
         self._dense = {name: modules[name] for name in names}
         self._new = {name: new[name] for name in names}
         device = next(iter(teacher.parameters())).device
-        self._batches = [_moved(batch, device) for batch in batches]
-        self._masks = [_mask(batch, i) for i, batch in enumerate(self._batches)]
+        self._batches = [moved(batch, device) for batch in batches]
+        self._masks = [mask_of(batch, i) for i, batch in enumerate(self._batches)]
         self._shared: tuple[list[weakref.ref[Tensor]], Inputs] | None = None
 
     def run(self) -> FitReport:
@@ -184,7 +112,7 @@ class _Fit:
         for name in self._new:
             if name not in fits:
                 fits[name] = LayerFit(kept="the calibration never reaches it")
-        tokens = sum(_tokens(batch, i) for i, batch in enumerate(self._batches))
+        tokens = sum(tokens_of(batch, i) for i, batch in enumerate(self._batches))
         return FitReport(layers=fits, tokens=tokens)
 
     def _order(self) -> list[str]:
@@ -363,37 +291,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
-
-
-def _mask(batch: Any, index: int) -> Tensor | None:
-    """A batch's attention mask (batch, tokens); None where every position counts."""
-    mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        shape = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise PlanError(
-            f"convert(calibration=...): batch {index} has an attention_mask of {shape}: expected "
-            "a tensor (batch, tokens), nonzero where a token counts. Give the tokenizer's own."
-        )
-    return mask
-
-
-def _tokens(batch: Any, index: int) -> int:
-    """Positions that count: by the mask, else of the first tensor (its last size is the width of
-    features when it holds floats)."""
-    mask = _mask(batch, index)
-    if mask is not None:
-        return int(mask.count_nonzero())
-    values = [batch] if isinstance(batch, Tensor) else list(batch.values())
-    for value in values:
-        if isinstance(value, Tensor):
-            wide = value.is_floating_point() and value.dim() > 1
-            return value.shape[:-1].numel() if wide else value.numel()
-    return 0

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import kronbert
-from kronbert import data_init
+from kronbert import calibration, data_init
 from kronbert.moments import Moments, input_moments, pair_moments, token_rows
 from kronbert.weighted_fit import nearest_rows
 from tests.calibration import LOW_RANK, SMALL, classifier, sentences
@@ -304,7 +304,7 @@ def test_positions_beyond_the_calibration_are_as_good_as_those_in_it():
 
 
 def test_a_long_loader_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(data_init, "READ_AT_MOST", 100)
+    monkeypatch.setattr(calibration, "READ_AT_MOST", 100)
     read = []
 
     def loader():
@@ -312,7 +312,7 @@ def test_a_long_loader_is_not_read_to_its_end(monkeypatch):
             read.append(batch)
             yield batch
 
-    batches = data_init.calibration_batches("data", loader())
+    batches = calibration.calibration_batches("data", loader())
     assert len(batches) == len(read) == 2
 
 
@@ -334,7 +334,7 @@ def test_single_sentences_are_walked_through_together(monkeypatch):
     model, walked = classifier(), []
     real = data_init.Walk
     monkeypatch.setattr(data_init, "Walk", lambda *given: walked.append(1) or real(*given))
-    monkeypatch.setattr(data_init, "APART", 29)
+    monkeypatch.setattr(calibration, "APART", 29)
     ids = torch.randint(5, model.config.vocab_size, (30, 12))
     mask = torch.ones_like(ids)
     mask[::3, 7:] = 0
@@ -349,10 +349,10 @@ def test_single_sentences_are_walked_through_together(monkeypatch):
     for name, value in fits[0].items():
         torch.testing.assert_close(value, fits[1][name])
     uneven = [{"input_ids": ids[:2], "position_ids": torch.arange(12)[None]}] * 31
-    assert len(data_init.calibration_batches("data", uneven)) == 31
-    assert len(data_init.calibration_batches("data", several[:29])) == 29
+    assert len(calibration.calibration_batches("data", uneven)) == 31
+    assert len(calibration.calibration_batches("data", several[:29])) == 29
     blank = {"input_ids": ids[:1], "attention_mask": torch.zeros(1, 12)}
-    assert len(data_init.calibration_batches("data", [{"input_ids": ids[:0]}, blank, one])) == 1
-    monkeypatch.setattr(data_init, "TOGETHER", 24)
+    assert len(calibration.calibration_batches("data", [{"input_ids": ids[:0]}, blank, one])) == 1
+    monkeypatch.setattr(calibration, "TOGETHER", 24)
     plain = [{"input_ids": row[None]} for row in ids]
-    assert len(data_init.calibration_batches("data", plain)) == 15  # of two rows of 12 tokens
+    assert len(calibration.calibration_batches("data", plain)) == 15  # of two rows of 12 tokens

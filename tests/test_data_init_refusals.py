@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5Model
 
 import kronbert
 from kronbert import PlanError
@@ -132,3 +133,25 @@ def test_a_refusal_changes_nothing(make, rules, asked, said, inplace):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
+
+
+def translator():
+    config = T5Config(
+        vocab_size=50, d_model=24, d_kv=6, d_ff=32, num_layers=1, num_heads=4, pad_token_id=0
+    )
+    return T5Model(config)
+
+
+@pytest.mark.parametrize("padded", [None, "attention_mask", "decoder_attention_mask"])
+def test_padding_on_either_side_of_an_encoder_decoder(padded):
+    ids = torch.randint(2, 50, (8, 9))
+    masks = {name: torch.ones_like(ids) for name in ("attention_mask", "decoder_attention_mask")}
+    batch = {"input_ids": ids, "decoder_input_ids": ids.flip(0), **masks}
+    model, rules = translator(), {"re:.*[.](q|k|v|o|wi|wo)": {"rank": 3}}
+    if padded is None:
+        fits = kronbert.convert(model, rules=rules, init="data", calibration=[batch]).data_fit
+        assert all(fit.data_error < fit.weights_error for fit in fits.layers.values())
+        return
+    masks[padded][1, 6:] = 0
+    with pytest.raises(PlanError, match=rf"batch 0 of an encoder-decoder is padded \(its {padded}"):
+        kronbert.convert(model, rules=rules, init="data", calibration=[{**batch, **masks}])

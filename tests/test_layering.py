@@ -97,13 +97,17 @@ TABLE = {
     "walk": Row(outside="torch"),
     "moments": Row(outside="torch"),
     "fit_report": Row(),
+    "calibration": Row("errors", outside="torch"),
     "data_init": Row(
-        f"{SIZES} planning linear embedding head memory walk moments weighted_fit fit_report",
+        f"{SIZES} planning calibration linear embedding head memory walk moments weighted_fit "
+        "fit_report",
         outside="torch",
     ),
     "joined": Row("errors", outside_lazily="transformers"),
     "conversion": Row(
-        f"{MODEL} data_init joined prepared", lazily="hf", outside="torch transformers"
+        f"{MODEL} calibration data_init joined prepared",
+        lazily="hf",
+        outside="torch transformers",
     ),
     "shipped": Row("errors"),
     "checkpoint": Row(
