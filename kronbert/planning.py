@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .config import SCHEMA, KroneckerConfig, Rule, check_schema
 from .errors import PlanError
@@ -178,11 +178,11 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """From `to_json`; `PlanError` for missing or unknown keys or a newer schema, `ShapeError`
-        for groups that do not make their layer's weight."""
+        """From `to_json`; `PlanError` for missing or unknown keys, values of another type or a
+        newer schema, `ShapeError` for groups that do not make their layer's weight."""
         known = ("model_type", "dense_parameters", "config", "layers")
         data = check_schema(data, known, "Plan")
-        _need(data, ("dense_parameters", "config", "layers"), "Plan")
+        _need(data, {"dense_parameters": int, "config": Mapping, "layers": Sequence}, "Plan")
         return cls(
             layers=tuple(_layer_from_json(row) for row in data["layers"]),
             dense_parameters=data["dense_parameters"],
@@ -298,13 +298,23 @@ def _tie_heads(layers: Iterable[PlannedLayer]) -> tuple[PlannedLayer, ...]:
 def _layer_from_json(row: Mapping[str, Any]) -> PlannedLayer:
     sizes = [field.name for field in fields(LayerSize)]
     row = check_schema(row, (*sizes, "groups", "error"), "Plan layer")
-    _need(row, ("name", "kind", "group", "out", "inner", "groups"), "Plan layer")
+    _need(row, {"name": str}, "Plan layer")
+    where = f"Plan layer {row['name']!r}"
+    _need(row, {"kind": str, "group": str, "out": int, "inner": int, "groups": str}, where)
+    for key, choices in (("kind", get_args(Kind)), ("group", get_args(Group))):
+        if row[key] not in choices:
+            raise PlanError(f"{where}: {key} {row[key]!r}: expected one of {', '.join(choices)}.")
+    if not isinstance(row.get("error"), int | float | None):
+        raise PlanError(f"{where}: error {row['error']!r}: expected a number or null.")
     size = LayerSize(**{key: row[key] for key in sizes if key in row})
     groups = checked(size, parse_groups(row["groups"]) if row["groups"] else ())
     return PlannedLayer(size=size, groups=groups, error=row.get("error"))
 
 
-def _need(data: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
-    for key in keys:
+def _need(data: Mapping[str, Any], types: Mapping[str, type], where: str) -> None:
+    for key, wanted in types.items():
         if key not in data:
             raise PlanError(f"{where}: key {key!r} is missing. Write the file with to_json.")
+        if not isinstance(data[key], wanted) or (wanted is int and data[key] < 1):
+            expected = {int: "a whole number > 0", str: "text"}.get(wanted, "what to_json writes")
+            raise PlanError(f"{where}: {key} {data[key]!r}: expected {expected}.")

@@ -269,6 +269,9 @@ def test_json_of_a_table_with_blocks_and_its_head():
         Plan.from_json(data)
 
 
+LAYER = "Plan layer 'bert.encoder.layer.0.attention.self.query'"
+
+
 def broken(change):
     data = make_plan(encoder(), KroneckerConfig(factor=6)).to_json()
     change(data)
@@ -284,11 +287,36 @@ def broken(change):
         (lambda d: d.pop("layers"), PlanError, "Plan: key 'layers' is missing"),
         (lambda d: d.pop("dense_parameters"), PlanError, "Plan: key 'dense_parameters' is missing"),
         (lambda d: d["layers"][3].pop("name"), PlanError, "Plan layer: key 'name' is missing"),
-        (lambda d: d["layers"][3].pop("kind"), PlanError, "Plan layer: key 'kind' is missing"),
-        (lambda d: d["layers"][3].pop("group"), PlanError, "Plan layer: key 'group' is missing"),
-        (lambda d: d["layers"][3].pop("inner"), PlanError, "Plan layer: key 'inner' is missing"),
-        (lambda d: d["layers"][3].pop("out"), PlanError, "Plan layer: key 'out' is missing"),
-        (lambda d: d["layers"][3].pop("groups"), PlanError, "Plan layer: key 'groups' is missing"),
+        (lambda d: d["layers"][3].pop("kind"), PlanError, f"{LAYER}: key 'kind' is missing"),
+        (lambda d: d["layers"][3].pop("group"), PlanError, f"{LAYER}: key 'group' is missing"),
+        (lambda d: d["layers"][3].pop("inner"), PlanError, f"{LAYER}: key 'inner' is missing"),
+        (lambda d: d["layers"][3].pop("out"), PlanError, f"{LAYER}: key 'out' is missing"),
+        (lambda d: d["layers"][3].pop("groups"), PlanError, f"{LAYER}: key 'groups' is missing"),
+        (lambda d: d.update(layers=3), PlanError, "Plan: layers 3: expected what to_json writes"),
+        (lambda d: d.update(dense_parameters="9"), PlanError, "dense_parameters '9': expected a w"),
+        (lambda d: d["layers"][3].update(name=3), PlanError, "Plan layer: name 3: expected text"),
+        (lambda d: d["layers"][3].update(out=-3), PlanError, f"{LAYER}: out -3: expected a whole"),
+        (lambda d: d["layers"][3].update(inner="9"), PlanError, f"{LAYER}: inner '9': expected"),
+        (
+            lambda d: d["layers"][3].update(groups=[]),
+            PlanError,
+            f"{LAYER}: groups []: expected t",
+        ),
+        (
+            lambda d: d["layers"][3].update(kind="lin"),
+            PlanError,
+            f"{LAYER}: kind 'lin': expected one of linear",
+        ),
+        (
+            lambda d: d["layers"][3].update(group="a"),
+            PlanError,
+            f"{LAYER}: group 'a': expected one of embedding",
+        ),
+        (
+            lambda d: d["layers"][3].update(error="1"),
+            PlanError,
+            f"{LAYER}: error '1': expected a number or null",
+        ),
         (lambda d: d["layers"][3].update(rank=2), PlanError, "Plan layer: unknown key 'rank'"),
         (lambda d: d["config"].update(factr=2), PlanError, "unknown key 'factr'"),
         (
