@@ -168,10 +168,10 @@ def error_per_layer(rows: Mapping[str, float], path: str | Path) -> None:
         if layer is None:
             bars[tail if matrix in bars else matrix] = error
         else:
-            taken = layer in lines.get(
-                matrix, {}
-            )  # MobileBERT has four feed-forward blocks a layer
-            lines.setdefault(tail if taken else matrix, {})[layer] = error
+            # Four feed-forward blocks a layer (MobileBERT), layers on two sides (T5).
+            sided = re.sub(rf"\.{layer}\.", ".", name, count=1)
+            free = (one for one in (matrix, tail, sided) if layer not in lines.get(one, {}))
+            lines.setdefault(next(free), {})[layer] = error
     with _picture(path, height=4.3) as figure:
         widths = [max(1.0, 0.55 * len(bars))] * bool(bars) + [5.0] * bool(lines)
         panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]

@@ -165,6 +165,19 @@ def test_no_layer_is_lost_when_a_layer_has_several_of_a_kind(figures, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("own", "cross"),
+    [("block.0.layer.0.SelfAttention.q", "1.EncDecAttention.q"), ("layers.0.self_attn.q_proj", "")],
+    ids=["T5", "BART"],
+)
+def test_no_layer_is_lost_when_two_sides_are_numbered(figures, tmp_path, own, cross):
+    names = [f"encoder.{own}", f"decoder.{own}"]
+    names += [names[1].replace("self_attn", "encoder_attn").replace("0.SelfAttention.q", cross)]
+    error_per_layer({name: 0.1 * i for i, name in enumerate(names)}, tmp_path / "a.png")
+    shown = [y for line in figures[0].axes[0].lines for y in line.get_ydata()]
+    assert sorted(shown) == pytest.approx([0.0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
     ("name", "matrix"),
     [
         ("bert.encoder.layer.11.attention.self.query", "query"),
