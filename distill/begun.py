@@ -15,7 +15,7 @@ ASKED = "asked.json"
 
 def claim(folder: Path, told: Mapping[str, Any], *, begun: bool) -> None:
     """Note in ``folder`` what is trained there; begun: it has checkpoints already, and
-    `DistillError` says where they are of something else. What is not told is not compared."""
+    `DistillError` says where they are of something else."""
     path = folder / ASKED
     if begun and path.is_file() and (other := differing(json.loads(path.read_text()), told)):
         raise DistillError(
@@ -35,6 +35,6 @@ def differing(saved: Mapping[str, Any], told: Mapping[str, Any]) -> str:
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all."""
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=2))
     os.replace(part, path)

@@ -1,4 +1,4 @@
-"""Hashes of rows: whether a run goes on with the data that it began with."""
+"""Hashes of rows, and of what a model is made of: whether a run goes on with what it began."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import datasets
 import numpy as np
 import pyarrow
+from torch import nn
 
 if TYPE_CHECKING:
     from kronbert.distill.data import TaskData
@@ -39,3 +40,9 @@ def rows_digest(rows: datasets.Dataset) -> str:
             else:
                 seen.update(repr(values.to_pylist()).encode())
     return seen.hexdigest()
+
+
+def structure_digest(model: nn.Module) -> str:
+    """A hash of the class and of the parameters' names, shapes and whether they are trained."""
+    told = [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+    return hashlib.sha256(f"{type(model).__name__} {sorted(told)}".encode()).hexdigest()[:16]

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
-ATTRIBUTES = ("attention_dropout", "dropout_prob")
-"""Where attention that has no `nn.Dropout` keeps its probability (ModernBERT, ViT, YOLOS)."""
+ENDINGS = ("dropout", "dropout_prob")
+"""Of the names under which modules without a `nn.Dropout` keep its probability: ``dropout`` (BART,
+XLM), ``attention_dropout`` (ModernBERT), ``dropout_prob`` (ViT)."""
 
 
 @contextmanager
@@ -16,10 +18,11 @@ def dropout_set_to(model: nn.Module, p: float | None) -> Iterator[None]:
     """Within it every dropout of ``model`` drops with probability p; None changes nothing."""
     before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules() if p is not None else ():
-        names = ("p",) if isinstance(module, nn.Dropout) else ATTRIBUTES
-        for name in names:
-            held = getattr(module, name, None)
-            if isinstance(held, int | float):  # a config.json may say 0 for 0.0
+        own = [name for name in vars(module) if name.endswith(ENDINGS)]
+        for name in ["p"] if isinstance(module, _DropoutNd) else own:
+            held = getattr(module, name)
+            # a config.json may say 0 for 0.0
+            if isinstance(held, int | float) and not isinstance(held, bool):
                 before.append((module, name, held))
                 setattr(module, name, p)
     try:

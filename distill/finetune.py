@@ -26,7 +26,7 @@ from kronbert.distill.begun import ASKED, claim
 from kronbert.distill.checks import check_pair, supervised_layers
 from kronbert.distill.cpu_layers import fused_layers, plain_attention
 from kronbert.distill.data import TaskData, compute_metrics, row_lengths
-from kronbert.distill.digests import rows_digest
+from kronbert.distill.digests import rows_digest, structure_digest
 from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.freed import ReleaseFreed
 from kronbert.distill.held_out import HeldOut, held_out_batches
@@ -78,12 +78,12 @@ def run_stage(
 
     data: a tokenised `TaskData`, scored as it goes on ``CURVE_ROWS`` of its first dev set, or a
     `Dataset` of packed text. folder: holds the checkpoints; the newest whole one found there is
-    resumed, to the same weights as without the interruption; one of another stage, teacher or rows
-    is refused. keep_last: leave the last one for a caller who has yet to save the result, and
-    removes the folder then. teacher: None when the objective needs none.
-    held_out: packed text that is not trained on; the objective's losses on it are logged as
-    `held_out.HeldOut` says. cache: the folder of a stage with ``cache_teacher``, by default
-    ``teacher-outputs`` beside ``folder``. precision: see `use_bf16`. arguments: more of
+    resumed, to the same weights as without the interruption; one of another stage, teacher, rows
+    or student (its structure, not its weights) is refused. keep_last: leave the last one for a
+    caller who has yet to save the result, and removes the folder then. teacher: None when the
+    objective needs none. held_out: packed text that is not trained on; the objective's losses on it
+    are logged as `held_out.HeldOut` says. cache: the folder of a stage with ``cache_teacher``, by
+    default ``teacher-outputs`` beside ``folder``. precision: see `use_bf16`. arguments: more of
     `DistillArguments`. Raises `DistillError`."""
     folder = Path(folder)
     task = data.task if isinstance(data, TaskData) else None
@@ -115,6 +115,7 @@ def run_stage(
     asked |= {
         "rows": rows_digest(rows),
         "teacher": None if teacher is None else model_digest(teacher),
+        "student": structure_digest(student),
     }
     states: States | None = None
     if stage.cache_teacher:
@@ -169,7 +170,7 @@ def run_stage(
     if not keep_last:
         for path in _checkpoints(folder):
             shutil.rmtree(path)
-        (folder / ASKED).unlink()
+        (folder / ASKED).unlink(missing_ok=True)
     return list(trainer.state.log_history)
 
 
@@ -303,10 +304,11 @@ def answers(
     was_training = model.training
     model.eval()
     try:
-        return {
-            name: _predict(model, rows, tokenizer, batch_size)
-            for name, rows in data.validation.items()
-        }
+        with own_forward(model):
+            return {
+                name: _predict(model, rows, tokenizer, batch_size)
+                for name, rows in data.validation.items()
+            }
     finally:
         model.train(was_training)
 

@@ -162,24 +162,31 @@ def exact(x: Tensor) -> Tensor:
 def mse_hidden(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of (batch, tokens, hidden) over unpadded tokens; mask (batch, tokens)."""
     require_same("hidden states", student, teacher)
-    square = (exact(student) - exact(teacher)).square().mean(-1)
+    off = exact(student) - exact(teacher)
     if mask is None:
-        return square.mean()
+        return off.square().mean()
     keep = mask.bool()
-    return square.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)
+    # Before the square, whose derivative would be NaN where a padded state has overflowed.
+    square = off.masked_fill(~keep[..., None], 0).square().mean(-1)
+    return square.sum() / keep.sum().clamp(min=1)
 
 
 def cosine_sentence(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the rows of 1 - cosine of both means over unpadded tokens of (batch, tokens,
     hidden), what sentence-transformers' mean pooling gives; mask (batch, tokens).
 
-    Half the squared distance of the normalised embeddings (Reimers and Gurevych 2020)."""
+    Half the squared distance of the normalised embeddings (Reimers and Gurevych 2020). A row of
+    padding alone has none and is left out."""
     require_same("last hidden states", student, teacher)
     sums = []  # they point where the means do
     for states in (exact(student), exact(teacher)):
         kept = states if mask is None else states.masked_fill(~mask.bool()[..., None], 0)
         sums.append(kept.sum(1))
-    return (1 - torch.cosine_similarity(sums[0], sums[1], dim=-1)).mean()
+    away = 1 - torch.cosine_similarity(sums[0], sums[1], dim=-1)
+    if mask is None:
+        return away.mean()
+    keep = mask.bool().any(-1)
+    return away.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)
 
 
 def mse_scores(
@@ -225,11 +232,11 @@ def mse_scores(
 def mse_logits(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of logits (..., classes); mask broadcasts to them, None = all."""
     require_same("logits", student, teacher)
-    square = (exact(student) - exact(teacher)).square()
+    off = exact(student) - exact(teacher)
     if mask is None:
-        return square.mean()
-    keep = mask.bool().expand_as(square)
-    return square.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)
+        return off.square().mean()
+    keep = mask.bool().expand_as(off)
+    return off.masked_fill(~keep, 0).square().sum() / keep.sum().clamp(min=1)
 
 
 def kl_logits(

@@ -53,7 +53,10 @@ class BatchMasks:
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         ids = (token for row in rows for token in row["input_ids"])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sum(place * int(token) for place, token in enumerate(ids, start=1)))
+            # The CPU's alone: `torch.manual_seed` would reseed every GPU for good.
+            torch.default_generator.manual_seed(
+                sum(place * int(token) for place, token in enumerate(ids, start=1))
+            )
             return self.collator(rows)
 
 

@@ -47,7 +47,10 @@ SAVED_EVERY = 100
 """Batches between two notes of how far the computation is."""
 
 # What a configuration says of its origin and not of the function that the model is.
-_NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+_NO_MATTER = {
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"),
+    "problem_type",  # a forward pass with labels sets it
+}
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,13 @@ def with_teacher(
     path, beside = Path(folder) / f"{key}.npy", Path(folder) / f"{key}-states.npy"
     lengths = row_lengths(inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def whole() -> bool:
+        return path.is_file() and (not layers or beside.is_file())
+
     # Runs side by side may share a folder: one computes, the others wait for it.
-    with FileLock(path.with_suffix(".lock")):
-        if path.is_file() and (not layers or beside.is_file()):
+    with nullcontext() if whole() else FileLock(path.with_suffix(".lock")):
+        if whole():
             if say is not None:
                 what = "logits and hidden states" if layers else "logits"
                 say(f"teacher's {what} of {len(rows)} rows: {path}")

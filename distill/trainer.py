@@ -102,6 +102,7 @@ class DistillTrainer(Trainer):
         supervised = [m for m, n in enumerate(self.layers, start=1) if n]
         self._student_taps = Taps(model, objective.teacher_taps, supervised)
         self._student_inputs = inputs_of(model)
+        unprepare(model)
         self._teacher_inputs = inputs_of(teacher) if teacher is not None else frozenset()
 
         super().__init__(model, args, **kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,10 +20,10 @@ from .errors import PlanError, ShapeError, expect_model
 from .fusion import unfuse
 from .head import KroneckerLMHead
 from .inventory import inventory, swap
-from .joined import refuse_joined
 from .linear import KroneckerLinear
-from .planning import Inventory, Plan, PlannedLayer, make_plan
+from .planning import Inventory, Plan, PlannedLayer, check_rows, make_plan
 from .prepared import own_forward, unprepare
+from .saved import own_configs, plans_of_parts, saved_parts
 from .shapes import check_groups
 
 KRONECKER_MODULES = (KroneckerLinear, KroneckerEmbedding, KroneckerLMHead)
@@ -135,7 +134,7 @@ def convert(
             # The same Parameter (a head's bias is tied to the model's), or its one copy.
             new[name].bias = bias if inplace else copy.deepcopy(bias, memo)
     plan = plan.with_errors(errors)
-    stored = _stored(model, plan)
+    stored = plans_of_parts(model, plan)
     with own_forward(model):
         fitted = None if batches is None else fit_to_data(model, new, plan, batches)
     if "" in new:
@@ -150,24 +149,14 @@ def convert(
     student.kronecker_plan = plan  # type: ignore[assignment]
     if fitted is not None:
         student.data_fit = fitted  # type: ignore[assignment]
-    parts = _saved(student)
-    for name, part in parts.items():
+    own_configs(student)
+    for name, part in saved_parts(student).items():
         if name in stored:
             from .hf import untie
 
-            if inplace and len(parts) == 1:
-                _own_config(part)
             part.config.quantization_config = stored[name]
             untie(part)
     return student
-
-
-def _own_config(part: Any) -> None:
-    """Another model may have been made with the same config object: this one's says more now."""
-    shared, own = part.config, copy.copy(part.config)
-    for module in part.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -206,41 +195,11 @@ def merge(model: nn.Module) -> nn.Module:
     unprepare(dense)
     for name in ("kronecker_plan", "data_fit"):
         dense.__dict__.pop(name, None)
-    for part in _saved(dense).values():
+    for part in saved_parts(dense).values():
         from .hf import release
 
         release(part)
     return dense
-
-
-def _saved(model: nn.Module) -> dict[str, Any]:
-    """What transformers saves, with a config that can hold a plan: name in ``model`` -> model.
-
-    The model itself, or those that a wrapper holds (SentenceTransformer, one's own), and their
-    parts that have a config of their own and may be saved alone (an encoder-decoder's encoder)."""
-    from transformers import PreTrainedModel
-
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            if not any(module.config is outer.config for outer in found.values()):
-                found[name] = module
-    return found
-
-
-def _stored(model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """Of each of `_saved`, by name: the layers of the plan in it, as its config.json holds them."""
-    from .hf import KroneckerQuantizationConfig
-
-    names = [layer.size.name for layer in plan.converted]
-    for name, part in _saved(model).items():
-        prefix = f"{name}." if name else ""
-        refuse_joined(part, [n.removeprefix(prefix) for n in names if n.startswith(prefix)])
-    return {
-        name: KroneckerQuantizationConfig.from_plan(plan, prefix, part.num_parameters())
-        for name, part in _saved(model).items()
-        if any(one.startswith(prefix := f"{name}." if name else "") for one in names)
-    }
 
 
 def _config(
@@ -310,9 +269,7 @@ def _check_plan(plan: Plan, sizes: Inventory) -> None:
     if not plan.converted:
         raise PlanError("convert(plan=...): no layer of the plan would be converted. Edit it.")
     known = {layer.name: layer for layer in sizes.layers}
-    rows = Counter(layer.size.name for layer in plan.layers)
-    if twice := [name for name, count in rows.items() if count > 1]:
-        raise PlanError(f"{twice[0]!r}: the plan has two rows for it, expected one. Remove one.")
+    check_rows(plan.layers)
     converted = {layer.size.name for layer in plan.converted}
     for layer in plan.layers:
         name, size = layer.size.name, known.get(layer.size.name)

@@ -44,6 +44,11 @@ def fewer_layers(model: nn.Module, layers: int | Sequence[int]) -> Any:
         raise PlanError(
             "fewer_layers: the model was converted or quantised before. Take its layers first."
         )
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+        raise PlanError(
+            "fewer_layers: layer m divides its attention scores by m (scale_attn_by_inverse_"
+            "layer_idx), so none can take another's place. Take a model without it."
+        )
     kept = _kept(layers, depth)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(kept)

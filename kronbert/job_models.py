@@ -96,7 +96,9 @@ def masked_lm_saved(name: str) -> bool:
     with quiet():
         model, loaded = open_pretrained(AutoModelForMaskedLM, name, output_loading_info=True)
     body = f"{model.base_model_prefix}."
-    head = {key for key, _ in model.named_parameters() if not key.startswith(body)}
+    tied = model.get_input_embeddings().weight  # XLM-R's head comes first, and names it
+    named = [key for key, one in model.named_parameters() if one is not tied]
+    head = {key for key in named if not key.startswith(body)}
     return not head <= set(loaded["missing_keys"])
 
 

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ReportError
+from .prepared import own_forward
 
 WARM_UP = 2
 """Untimed calls of each function: allocations, thread pools and kernel choice settle in them."""
@@ -114,7 +115,8 @@ def compare_models(
     seconds: float = 3.0,
     rounds: int = 200,
 ) -> dict[str, Timing]:
-    """Time per batch of each model, in eval and inference mode; their own modes come back after.
+    """Time per batch of each model, in eval and inference mode and without the autocast that a
+    Trainer leaves on it; their own modes come back after.
 
     example: name -> tensor (1 or batch_size, ...), moved to each model's device and, where it holds
     floats, to its dtype; one row is repeated."""
@@ -123,8 +125,9 @@ def compare_models(
         for name, value in example.items()
     }
     runs: dict[str, Callable[[], object]] = {}
-    with _evaluating(models), torch.inference_mode():
+    with ExitStack() as stack, _evaluating(models), torch.inference_mode():
         for name, model in models.items():
+            stack.enter_context(own_forward(model))
             first = next(model.parameters())
             given = {
                 key: value.to(first.device, first.dtype if value.is_floating_point() else None)

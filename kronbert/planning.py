@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -143,7 +144,7 @@ class Plan:
         for name in changes:
             if name.startswith("re:"):
                 raise PlanError(f"{name!r}: edit takes full names. For patterns, plan with rules=.")
-        config.check_names(tuple(known))
+        KroneckerConfig(rules=changes).check_names(tuple(known))
         for name in changes:
             size = known[name].size
             known[name] = PlannedLayer(size=size, groups=ruled(size, config.rules[name]))
@@ -183,8 +184,10 @@ class Plan:
         known = ("model_type", "dense_parameters", "config", "layers")
         data = check_schema(data, known, "Plan")
         _need(data, {"dense_parameters": int, "config": Mapping, "layers": Sequence}, "Plan")
+        layers = tuple(_layer_from_json(row) for row in data["layers"])
+        check_rows(layers)
         return cls(
-            layers=tuple(_layer_from_json(row) for row in data["layers"]),
+            layers=layers,
             dense_parameters=data["dense_parameters"],
             config=KroneckerConfig.from_json(data["config"]),
             model_type=data.get("model_type", ""),
@@ -289,8 +292,9 @@ def _preset_groups(layer: LayerSize, name: str) -> Groups:
 def _tie_heads(layers: Iterable[PlannedLayer]) -> tuple[PlannedLayer, ...]:
     """A tied head follows its embedding: same groups, or dense with it."""
     known = {layer.size.name: layer for layer in layers}
+    groups = {name: layer.groups for name, layer in known.items()}
     return tuple(
-        replace(layer, groups=known[layer.size.tied_to].groups) if layer.size.tied_to else layer
+        replace(layer, groups=groups.get(layer.size.tied_to, ())) if layer.size.tied_to else layer
         for layer in known.values()
     )
 
@@ -309,6 +313,13 @@ def _layer_from_json(row: Mapping[str, Any]) -> PlannedLayer:
     size = LayerSize(**{key: row[key] for key in sizes if key in row})
     groups = checked(size, parse_groups(row["groups"]) if row["groups"] else ())
     return PlannedLayer(size=size, groups=groups, error=row.get("error"))
+
+
+def check_rows(layers: Iterable[PlannedLayer]) -> None:
+    """Raise `PlanError` where two rows are of one layer."""
+    rows = Counter(layer.size.name for layer in layers)
+    if twice := [name for name, count in rows.items() if count > 1]:
+        raise PlanError(f"{twice[0]!r}: the plan has two rows for it, expected one. Remove one.")
 
 
 def _need(data: Mapping[str, Any], types: Mapping[str, type], where: str) -> None:

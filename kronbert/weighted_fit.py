@@ -269,6 +269,11 @@ def nearest_blocks(table: Tensor, groups: Sequence[KroneckerShape]) -> tuple[lis
             f"{' + '.join(map(str, groups))}: to fit a table with blocks of rows every group needs "
             "b_out = 1. Change those that have not, or let every group make all rows."
         )
+    if not torch.isfinite(table).all():
+        raise ShapeError(
+            "nearest_blocks: the table holds NaN or infinity, expected finite numbers. Use an "
+            "intact checkpoint, or keep the layer dense."
+        )
     pairs = nearest_rows(table, table.new_ones(len(table)), groups)
     rest = table.double().clone()  # a float64 table would be written to
     for pair, shape in zip(pairs, groups, strict=True):

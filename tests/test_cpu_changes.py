@@ -216,3 +216,7 @@ def test_parameters_from_one_vector():
             del vector
         nn.utils.vector_to_parameters(base + torch.randn_like(base), layer.parameters())
         is_right(layer, x)
+    # Whether it is met is up to the allocator: what holds it is not.
+    (one,) = cpu._KEPT.values()
+    held = {storage.data_ptr() for storage in one.storages}
+    assert held == {p.untyped_storage().data_ptr() for p in (layer.a, layer.b)}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import ModernBertConfig, ModernBertModel
+from transformers import GPT2Config, GPT2Model, ModernBertConfig, ModernBertModel
 
 import kronbert
 from kronbert import PlanError
@@ -80,3 +80,11 @@ def test_what_has_no_fewer_layers():
     config = ModernBertConfig(vocab_size=384, num_hidden_layers=3, pad_token_id=0, **small)
     with pytest.raises(PlanError, match=r"'layers.1.attn_norm.weight'.*layer 1 among them"):
         kronbert.fewer_layers(ModernBertModel(config), (2, 3))
+
+
+def test_layers_that_know_their_place_are_refused():
+    config = GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=20)
+    assert kronbert.fewer_layers(GPT2Model(config), (1, 3)).config.num_hidden_layers == 2
+    config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(PlanError, match="none can take another's place"):
+        kronbert.fewer_layers(GPT2Model(config), (1, 3))

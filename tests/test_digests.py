@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from kronbert.distill.digests import rows_digest
+from kronbert.distill.digests import rows_digest, structure_digest
+from tests.small_trainer import a_model
 
 ROWS = {
     "ids": [[1, 2, 3], [4]],
@@ -35,3 +36,12 @@ def test_equal_rows_have_one():
 )
 def test_others_have_another(changes):
     assert rows_digest(rows(**changes)) != rows_digest(rows())
+
+
+def test_structures():
+    known = structure_digest(a_model(1))
+    assert structure_digest(a_model(2)) == known
+    frozen = a_model(1)
+    frozen.bert.pooler.requires_grad_(False)
+    wider = a_model(1, intermediate_size=25)
+    assert len({known, structure_digest(frozen), structure_digest(wider)}) == 3

@@ -144,3 +144,13 @@ def test_rows_without_a_block_start_at_the_scale_of_nn_embedding():
     found = KroneckerEmbedding(3000, 12, groups).to_embedding().weight
     assert 0.8 < found[1499:].std() < 1.25
     assert found[999:1499].std() > 1.1 * found[1499:].std()
+
+
+@pytest.mark.parametrize("groups", [BLOCKS, BLOCKS[0]], ids=["blocks", "one group"])
+def test_a_table_with_nan_is_refused(groups):
+    shape = BLOCKS[0]
+    dense = nn.Embedding(shape.out_features, shape.in_features)
+    with torch.no_grad():
+        dense.weight[3, 1] = torch.nan
+    with pytest.raises(ShapeError, match="NaN or infinity, expected finite numbers"):
+        KroneckerEmbedding.from_embedding(dense, groups)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+import kronbert
 from kronbert.distill import Objective, Stage, Term, finetune, freed
 from kronbert.distill.data import TaskData, load_folder, tokenize
 from kronbert.distill.finetune import (
@@ -372,6 +373,9 @@ def test_another_stages_checkpoints_are_not_gone_on_from(tiny_bert, rows, tokeni
     fewer = replace(rows, train=rows.train.select(range(32)))
     with pytest.raises(DistillError, match=r"of another stage \(other rows\)"):
         run_stage(model_of(tiny_bert), None, STAGE, fewer, run, **given)
+    student = kronbert.convert(model_of(tiny_bert), rules={"re:.*query": {"rank": 2}})
+    with pytest.raises(DistillError, match=r"of another stage \(other student\)"):
+        run_stage(student, None, STAGE, rows, run, **given)
     (run / "asked.json").unlink()  # as before they were noted
     run_stage(model_of(tiny_bert), None, STAGE, rows, run, **given)
     shutil.rmtree(run)

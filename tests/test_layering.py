@@ -104,8 +104,9 @@ TABLE = {
         outside="torch",
     ),
     "joined": Row("errors", outside_lazily="transformers"),
+    "saved": Row("planning joined", lazily="hf", outside="torch transformers"),
     "conversion": Row(
-        f"{MODEL} calibration data_init joined prepared",
+        f"{MODEL} calibration data_init prepared saved",
         lazily="hf",
         outside="torch transformers",
     ),
@@ -116,7 +117,9 @@ TABLE = {
         outside_lazily="huggingface_hub",
     ),
     "pictures": Row("errors", outside="numpy matplotlib"),
-    "latency": Row("errors", lazily="__init__", outside="torch", outside_lazily="transformers"),
+    "latency": Row(
+        "errors prepared", lazily="__init__", outside="torch", outside_lazily="transformers"
+    ),
     "weight_errors": Row("linear embedding", outside="torch"),
     "reporting": Row(
         f"{MODEL} conversion latency weight_errors",

@@ -135,6 +135,25 @@ def test_nothing_but_padding_is_a_loss_of_zero():
     assert mse_scores(*sample(6, 4, 4), none) == 0
 
 
+def test_what_overflows_in_padding_leaves_no_trace():
+    """0 times the derivative of an infinite square would be NaN."""
+    mask = ragged(6)
+    for loss, keep in ((mse_hidden, mask), (mse_logits, mask[..., None]), (cosine_sentence, mask)):
+        s, t = torch.randn(2, 6, 5, requires_grad=True), torch.randn(2, 6, 5)
+        loud = t.masked_fill(~mask.bool()[..., None], torch.inf)
+        (expected,) = torch.autograd.grad(loss(s, t, keep), s)
+        (found,) = torch.autograd.grad(loss(s, loud, keep), s)
+        assert torch.equal(found, expected)
+
+
+def test_a_row_of_padding_alone_is_no_sentence():
+    t, mask = torch.randn(3, 6, 5), torch.ones(3, 6)
+    mask[1] = 0
+    assert abs(cosine_sentence(2 * t, t, mask)) < 1e-6
+    away = cosine_sentence(-t, t, mask)
+    torch.testing.assert_close(away, torch.tensor(2.0))
+
+
 def test_mse_hidden_is_the_mean_over_unpadded_tokens():
     s, t, mask = torch.randn(2, 6, 5), torch.randn(2, 6, 5), ragged(6)
     expected = torch.cat([((s - t) ** 2)[0], ((s - t) ** 2)[1, :3]]).mean()

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 from kronbert.distill import Objective, Stage, Term
 from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.finetune import run_stage
+from kronbert.distill.held_out import held_out_batches
 from kronbert.distill.pieces import BatchMasks, Pieces
 from kronbert.distill.recipes.kronbert import general_stage
 from kronbert.distill.text import load_text, pack_text
@@ -49,6 +50,17 @@ def test_pieces_hold_the_blocks_tokens_between_cls_and_sep(blocks, tokenizer):
         assert torch.equal(ids[:, 1:-1], before[:, 1:-1])
         assert torch.equal(cut(rows)["input_ids"], ids)  # a resumed run draws the same
     assert seen == {8, 16, 32}
+
+
+def test_masks_seed_no_gpu(blocks, tokenizer, monkeypatch):
+    """Every step's dropout there would follow from its batch."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    rows = batch(blocks, 0)
+    collator = BatchMasks(DataCollatorForLanguageModeling(tokenizer, mlm=True))
+    assert torch.equal(collator(rows)["labels"], collator(rows)["labels"])
+    held_out_batches(rows, collator.collator, 2)
+    assert not seeded
 
 
 def test_masked_words_are_drawn_in_the_pieces(blocks, tokenizer):

@@ -200,6 +200,16 @@ def test_edits_add_up():
     assert (rules[WORD].dense, rules[QUERY].rank) == (True, 5)
 
 
+def test_edit_of_a_plan_that_lacks_rows():
+    plan = make_plan(encoder(), KroneckerConfig(factor=6, rules={"re:.*key": {"rank": 3}}))
+    data = plan.to_json()
+    data["layers"] = [
+        row for row in data["layers"] if row["name"] != WORD and "key" not in row["name"]
+    ]
+    edited = planned(Plan.from_json(data).edit({QUERY: {"rank": 5}}))
+    assert (edited[QUERY].groups, edited[HEAD].groups) == ((low_rank(96, 96, 5),), ())
+
+
 def test_what_cannot_be_converted_may_be_ruled_dense():
     plan = make_plan(encoder(), KroneckerConfig(factor=6))
     assert plan.edit({"bert.embeddings.token_type_embeddings": "dense"}).layers == plan.layers
@@ -316,6 +326,11 @@ def broken(change):
             lambda d: d["layers"][3].update(error="1"),
             PlanError,
             f"{LAYER}: error '1': expected a number or null",
+        ),
+        (
+            lambda d: d["layers"].append(d["layers"][3]),
+            PlanError,
+            "self.query': the plan has two rows",
         ),
         (lambda d: d["layers"][3].update(rank=2), PlanError, "Plan layer: unknown key 'rank'"),
         (lambda d: d["config"].update(factr=2), PlanError, "unknown key 'factr'"),

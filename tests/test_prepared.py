@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import AutoTokenizer, Trainer
 
 import kronbert
 from kronbert.distill import Objective, Term
+from kronbert.distill.data import load_folder, tokenize
+from kronbert.distill.finetune import answers
+from kronbert.latency import compare_models
 from kronbert.prepared import own_forward, unprepare
-from tests.small_trainer import LOGITS, a_dataset, a_model, a_trainer, arguments, collate
+from tests.small_trainer import LABELS, LOGITS, a_dataset, a_model, a_trainer, arguments, collate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEFT = {"forward", "_original_forward", "_is_accelerate_prepared"}
@@ -84,6 +87,26 @@ def test_a_forward_of_the_callers_comes_back(tmp_path):
     assert model.forward is not twice
     unprepare(model)
     assert model.forward is twice
+
+
+def test_what_is_measured_afterwards_is_float32(tmp_path, tiny_bert, tiny_task):
+    """Scores, times and another trainer's evaluation, before it has trained."""
+    student = a_model(2, vocab_size=2000, max_position_embeddings=64)
+    a_trainer(tmp_path, LABELS, model=student, bf16=True, max_steps=2).train()
+    assert "_original_forward" in vars(student)
+    seen = []
+    student.classifier.register_forward_hook(lambda layer, given, out: seen.append(out.dtype))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    answers(student, tokenize(load_folder(tiny_task), tokenizer), tokenizer)
+    batch = collate(a_dataset(2))
+    compare_models({"student": student}, batch, 2, seconds=0.01, rounds=5)
+    assert "_original_forward" in vars(student)
+    again = a_trainer(
+        tmp_path, LABELS, model=student, bf16=False, eval_strategy="no", eval_dataset=a_dataset(8)
+    )
+    again.evaluate()
+    again.predict(a_dataset(8))
+    assert set(seen) == {torch.float32}
 
 
 def test_labels_that_only_the_teacher_would_read(tmp_path):

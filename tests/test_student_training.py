@@ -187,6 +187,35 @@ def test_attention_to_pictures_does_not_drop_either(config):
     assert not torch.allclose(dropped, plain)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.BartConfig(
+            vocab_size=50, d_model=24, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, dropout=0.5,
+            attention_dropout=0.5, activation_dropout=0.5, max_position_embeddings=16,
+        ),
+        transformers.LongformerConfig(
+            vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, attention_window=4, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.5, max_position_embeddings=32,
+        ),
+        transformers.XLMConfig(
+            vocab_size=50, emb_dim=24, n_layers=1, n_heads=2, dropout=0.5, attention_dropout=0.5,
+            max_position_embeddings=32,
+        ),
+    ],
+    ids=["bart", "longformer", "xlm"],
+)  # fmt: skip
+def test_probabilities_that_modules_keep_by_name(config):
+    student, ids = transformers.AutoModel.from_config(config).train(), torch.randint(3, 50, (3, 8))
+    dropped = student(ids).last_hidden_state
+    with dropout_set_to(student, 0.0):
+        plain = student(ids).last_hidden_state
+    torch.testing.assert_close(plain, student.eval()(ids).last_hidden_state)
+    assert not torch.allclose(dropped, plain)
+
+
 @pytest.mark.parametrize("config", [BERT, MODERN], ids=["bert", "modernbert"])
 def test_dropout_comes_back_after_an_error(config):
     student = model(config)

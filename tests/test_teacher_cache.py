@@ -371,3 +371,15 @@ def test_a_note_of_lost_parts_skips_no_rows(monkeypatch, tiny_bert, rows, tokeni
     taught, again = with_teacher(rows.train, teacher, tmp_path / "b", **given)
     assert np.array_equal(whole.values, again.values)
     assert all(any(row) for row in taught["teacher_logits"])
+
+
+def test_what_is_whole_is_read_without_a_lock(monkeypatch, tiny_bert, rows, tokenizer, tmp_path):
+    """A folder that may only be read has no room for one."""
+    expected, _ = with_teacher(rows.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer)
+
+    def none(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(teacher_cache, "FileLock", none)
+    found, _ = with_teacher(rows.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer)
+    assert found[TEACHER_LOGITS] == expected[TEACHER_LOGITS]

@@ -10,6 +10,8 @@ from transformers import (
     BertLMHeadModel,
     BertModel,
     EncoderDecoderModel,
+    T5Config,
+    T5Model,
 )
 
 import kronbert
@@ -134,3 +136,29 @@ def test_a_sentence_transformer_is_fitted_to_data_and_measured(tiny_bert):
     assert made.latency_ratio[2] > 0
     plain = kronbert.report(alone, inner, latency=False)
     assert made.student.parameters == plain.student.parameters
+
+
+def test_two_models_made_with_one_config_keep_plans_of_their_own(tmp_path):
+    config = BertConfig(**SMALL)
+    pair = nn.ModuleDict({name: BertModel(config) for name in ("query", "text")}).eval()
+    rules = {"re:.*self.query": {"rank": 2}, "re:text.*self.key": {"rank": 3}}
+    for inplace in (False, True):
+        student = kronbert.convert(pair, rules=rules, inplace=inplace).eval()
+        for name, part in student.items():
+            part.save_pretrained(tmp_path / name)
+            again = loaded(tmp_path / name)
+            assert torch.equal(again(IDS).last_hidden_state, part(IDS).last_hidden_state)
+    for name, part in kronbert.merge(student).items():
+        assert not hasattr(part.config, "quantization_config"), name
+
+
+def test_another_model_of_the_same_config_stays_dense(tmp_path):
+    """T5's sides have configs of their own, its whole has the one it was made with."""
+    config = T5Config(vocab_size=50, d_model=24, d_kv=6, d_ff=32, num_layers=1, num_heads=4)
+    first, second = T5Model(config), T5Model(config)
+    kronbert.convert(first, rules={"re:.*SelfAttention.(q|k)": {"rank": 2}}, inplace=True)
+    assert first.config is not second.config
+    assert first.encoder.config is not first.config
+    second.save_pretrained(tmp_path)
+    again = T5Model.from_pretrained(tmp_path)
+    assert again.num_parameters() == second.num_parameters()
