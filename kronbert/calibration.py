@@ -92,10 +92,13 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def mask_of(batch: Any, index: int) -> Tensor | None:
-    """A batch's attention mask (batch, tokens); None where every position counts."""
+    """A batch's attention mask (batch, tokens), of (batch, choices, tokens) with choices as rows;
+    None where every position counts."""
     mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
     if mask is None:
         return None
+    if isinstance(mask, Tensor) and mask.dim() == 3:
+        mask = mask.flatten(0, 1)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise PlanError(

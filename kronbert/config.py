@@ -17,7 +17,7 @@ from .shapes import Groups, KroneckerShape, low_rank, parse_groups
 SCHEMA = 1
 """Version of the JSON written by this file and by the checkpoint format."""
 
-DEFAULT_KEEP = ("*classifier*", "*classification_head*", "*qa_outputs*", "score")
+DEFAULT_KEEP = ("*classifier*", "*classification_head*", "*qa_outputs*", "score", "*.score")
 """Task heads are small and carry the task: dense unless a rule says otherwise."""
 
 

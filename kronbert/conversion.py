@@ -263,6 +263,17 @@ def _check_model(model: nn.Module) -> None:
                 f"{name!r} is already a {type(module).__name__}: the model was converted before. "
                 "Convert the dense teacher, or kronbert.merge(model) first."
             )
+        home = type(module).__module__
+        if home.startswith("peft."):
+            raise PlanError(
+                f"{name!r} is a {type(module).__name__} of PEFT, whose adapters no student keeps. "
+                "Convert what model.merge_and_unload() gives."
+            )
+        if home.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise PlanError(
+                f"{name!r} is quantised ({type(module).__name__}). Convert the model before "
+                "quantising it, and quantise the student."
+            )
 
 
 def _check_plan(plan: Plan, sizes: Inventory) -> None:

@@ -44,6 +44,11 @@ def fewer_layers(model: nn.Module, layers: int | Sequence[int]) -> Any:
         raise PlanError(
             "fewer_layers: the model was converted or quantised before. Take its layers first."
         )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise PlanError(
+            f"fewer_layers({type(model).__name__}): it has an encoder and a decoder. Take "
+            "the layers of the encoder, a model of its own."
+        )
     if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
         raise PlanError(
             "fewer_layers: layer m divides its attention scores by m (scale_attn_by_inverse_"
@@ -52,15 +57,23 @@ def fewer_layers(model: nn.Module, layers: int | Sequence[int]) -> Any:
     kept = _kept(layers, depth)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(kept)
-    if len(getattr(config, "layer_types", None) or ()) == depth:
-        config.layer_types = [config.layer_types[layer - 1] for layer in kept]
+    for name in ("layer_types", "attention_window"):  # of every layer: ModernBERT's, Longformer's
+        each = getattr(config, name, None)
+        if isinstance(each, list) and len(each) == depth:
+            setattr(config, name, [each[layer - 1] for layer in kept])
     if len(kept) == depth:
         whole = copy.deepcopy(model)
         unprepare(whole)
         return whole
-    with torch.random.fork_rng(devices=[]):  # what is initialised here is thrown away
-        copied: Any = type(model)(config)
-    _fill(copied, model, kept, depth)
+    try:
+        with torch.random.fork_rng(devices=[]):  # what is initialised here is thrown away
+            copied: Any = type(model)(config)
+        _fill(copied, model, kept, depth)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise PlanError(
+            f"fewer_layers({type(model).__name__}, {kept}): no model of its class has those layers "
+            f"({' '.join(str(error).split())})."
+        ) from error
     return copied.train(model.training)
 
 

@@ -31,6 +31,9 @@ from .shapes import Groups, check_groups, parse_groups
 METHOD = "kronecker"
 TIED = "tied to "
 TIED_NAMES = ("_tied_weights_keys", "all_tied_weights_keys")
+UNTIED = "_kronbert_untied"
+"""Where `untie` keeps what the module itself had of these; None: nothing, its class has it."""
+
 KRONECKER_MODULES = (KroneckerLinear, KroneckerEmbedding, KroneckerLMHead)
 
 
@@ -256,6 +259,8 @@ def untie(model: nn.Module) -> None:
                     if _present(module, target) and _present(module, source)
                 }
                 if len(kept) != len(pairs):
+                    before = vars(module).setdefault(UNTIED, {})
+                    before.setdefault(attribute, vars(module).get(attribute))
                     setattr(module, attribute, kept)
 
 
@@ -265,8 +270,11 @@ def release(model: nn.Module) -> None:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     for module in model.modules():
-        for name in TIED_NAMES:
-            module.__dict__.pop(name, None)
+        for name, own in vars(module).pop(UNTIED, {}).items():
+            if own is None:
+                vars(module).pop(name, None)
+            else:
+                setattr(module, name, own)  # DeBERTa's and Marian's instances have some
         expanded = getattr(module, "get_expanded_tied_weights_keys", None)
         if expanded is not None:
             module.all_tied_weights_keys = expanded(all_submodels=True)

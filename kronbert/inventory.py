@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -22,8 +23,15 @@ SMALLEST_TABLE = 128
 READ_AS_WEIGHT = ("*rel_embeddings", "*relative_attention_bias", "*position_embeddings.row*")
 """Embeddings whose ``.weight`` the model reads itself, past the module (DeBERTa-v2)."""
 
+WRITTEN_TO = {"rwkv": ("*.attention.output", "*.feed_forward.value")}
+"""Model type -> layers whose ``.weight`` the model changes in place: a product's would be lost."""
+
 READ_AS_WEIGHT_HEADS = ("mobilebert",)
 """Model types whose masked-LM head reads ``decoder.weight`` itself: the tied table stays dense."""
+
+
+PLACES = {"position", "positions", "pos", "wpe"}
+"""Words of the name of a table of positions."""
 
 
 def inventory(model_or_config: Any) -> Inventory:
@@ -72,7 +80,7 @@ def inventory(model_or_config: Any) -> Inventory:
         tied = tables.get(id(weight)) if kind == "linear" else None
         if tied:
             kind = "head"
-        because = _dense_reason(name, module, kind, model_type)
+        because, counted = _dense_reason(name, module, kind, model_type), True
         if _is_beside(name, roots) and hasattr(
             model, "save_pretrained"
         ):  # as a SentenceTransformer does
@@ -82,6 +90,7 @@ def inventory(model_or_config: Any) -> Inventory:
         if readers[id(weight)] > 1:
             others = [n for n, w in weights.items() if w is weight and n != name]
             because = f"it shares its weight with {others[0]!r}"
+            counted = name == next(n for n, w in weights.items() if w is weight)
         layers.append(
             LayerSize(
                 name=name,
@@ -91,6 +100,7 @@ def inventory(model_or_config: Any) -> Inventory:
                 inner=inner,
                 tied_to=tied,
                 dense_because=because,
+                counted=counted,
             )
         )
     if model_type in READ_AS_WEIGHT_HEADS:
@@ -136,7 +146,8 @@ def _kind(name: str, module: nn.Module) -> Kind | None:
     if type(module) is Conv1D:
         return "conv1d"
     if type(module) is nn.Embedding:
-        return "position" if "position" in name or name.endswith("wpe") else "embedding"
+        words = re.split(r"[._]", name.lower())
+        return "position" if PLACES.intersection(words) else "embedding"
     return None
 
 
@@ -175,12 +186,15 @@ def group_of(name: str, kind: Kind) -> Group:
     parts = name.split(".")
     if not any(part.isdigit() for part in parts):
         return "other"
-    return "attention" if any("attention" in p or "attn" in p for p in parts) else "feed-forward"
+    attention = any("attention" in p or "attn" in p for p in name.lower().split("."))
+    return "attention" if attention else "feed-forward"
 
 
 def _dense_reason(name: str, module: nn.Module, kind: Kind, model_type: str) -> str | None:
     if any(fnmatchcase(name, pattern) for pattern in READ_AS_WEIGHT):
         return "the model reads its weight directly"
+    if any(fnmatchcase(name, pattern) for pattern in WRITTEN_TO.get(model_type, ())):
+        return "the model changes its weight in place"
     if model_type in READ_AS_WEIGHT_HEADS and name.endswith("predictions.dense"):
         return "the model reads its weight directly"
     if isinstance(module, nn.Embedding):

@@ -72,12 +72,15 @@ class Moments:
 def token_rows(value: Tensor, mask: Tensor | None) -> Tensor:
     """``value`` (..., width) as rows (n, width), without those of padded positions.
 
-    mask (batch, tokens), nonzero where a token counts: a value (batch, tokens, ..., width) or
-    (batch * tokens, width) loses the others; any other, as one row per sentence, keeps all."""
+    mask (batch, tokens), nonzero where a token counts: a value (batch, tokens, ..., width),
+    (tokens, batch, ..., width) or (batch * tokens, width) loses the others; any other, as one row
+    per sentence, keeps all."""
     leading = value.shape[:-1]
     rows = value.reshape(-1, value.shape[-1])
     if mask is None:
         return rows
+    if leading[:2] == mask.mT.shape != mask.shape:  # XLNet's
+        mask = mask.mT
     if leading[:2] == mask.shape:
         each = leading[2:].numel()
         return rows[mask.reshape(-1).bool().repeat_interleave(each)]

@@ -23,6 +23,7 @@ class LayerSize:
 
     out, inner: weight (out, inner) as `nn.Linear` stores it; an embedding is (vocabulary, width).
     tied_to: the embedding whose weight a head shares. dense_because: why it cannot be converted.
+    counted: False where another layer, of no head, has the same weight and counts it.
     """
 
     name: str
@@ -32,11 +33,12 @@ class LayerSize:
     inner: int
     tied_to: str | None = None
     dense_because: str | None = None
+    counted: bool = True
 
     @property
     def weights(self) -> int:
-        """Numbers in the weight; 0 for a tied head, whose embedding counts them."""
-        return 0 if self.tied_to else self.out * self.inner
+        """Numbers in the weight; 0 where another layer counts them, a tied head's embedding say."""
+        return self.out * self.inner if self.counted and not self.tied_to else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,7 @@ class Plan:
                     "inner": layer.size.inner,
                     "tied_to": layer.size.tied_to,
                     "dense_because": layer.size.dense_because,
+                    "counted": layer.size.counted,
                     "groups": " + ".join(shape.spec for shape in layer.groups),
                     "error": layer.error,
                 }
@@ -233,7 +236,11 @@ def make_plan(inventory: Inventory, config: KroneckerConfig) -> Plan:
     if config.factor is not None:
         saved = sum(layer.size.weights - layer.weights for layer in planned.values())
         settled = inventory.parameters - saved - sum(layer.weights for layer in free)
-        for name, groups in choose(free, settled, inventory.parameters, config.factor).items():
+        try:
+            chosen = choose(free, settled, inventory.parameters, config.factor)
+        except PlanError as error:
+            raise PlanError(f"{error}{_stuck(inventory)}") from None
+        for name, groups in chosen.items():
             planned[name] = replace(planned[name], groups=groups)
     plan = Plan(
         layers=_tie_heads(planned.values()),
@@ -247,6 +254,18 @@ def make_plan(inventory: Inventory, config: KroneckerConfig) -> Plan:
             "Shorten keep= or the rules."
         )
     return plan
+
+
+def _stuck(inventory: Inventory) -> str:
+    """The largest layer that cannot be converted, where it is a large part of the model."""
+    stuck = [layer for layer in inventory.layers if layer.dense_because]
+    largest = max(stuck, key=lambda layer: layer.weights, default=None)
+    if largest is None or largest.weights < 0.05 * inventory.parameters:
+        return ""
+    return (
+        f" {largest.name!r}, with {largest.weights:,} parameters, cannot be converted: "
+        f"{largest.dense_because}."
+    )
 
 
 def ruled(layer: LayerSize, rule: Rule) -> Groups:

@@ -352,7 +352,7 @@ def test_errors_are_one_message(teacher, student, tiny_task, tmp_path, capsys, m
     )
     assert "is a folder" in said("plan", teacher, "--factor", 2, "--save", tmp_path)
     (tmp_path / "odd.json").write_text(odd_plan(teacher))
-    assert "kronbert plan --save" in said(
+    assert "'bert.embeddings.word_embeddings': groups 5: expected text" in said(
         "convert", teacher, "--output", tmp_path / "x", "--plan", tmp_path / "odd.json"
     )
     plans = ("convert", teacher, "--output", tmp_path / "x", "--plan")

@@ -7,7 +7,14 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers import AutoConfig, BertConfig, BertForMaskedLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 import kronbert
 from kronbert import PlanError
@@ -278,3 +285,32 @@ def test_what_is_kept_beside_the_head():
         kept = type(student.bert.pooler.dense) is torch.nn.Linear
         assert kept == (keep is not None)
     assert kronbert.plan(model, factor=3, keep=[]).config.keep == ()
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_quantised_layers_are_refused():
+    model = torch.ao.quantization.quantize_dynamic(classifier(), {torch.nn.Linear})
+    with pytest.raises(
+        PlanError, match=r"query' is quantised \(Linear\). Convert the model before"
+    ):
+        kronbert.convert(model, factor=2)
+
+
+def test_adapters_are_refused():
+    """No student keeps them: `peft` writes them into weights that a product has not."""
+    home = type("Linear", (torch.nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    model = classifier()
+    model.bert.pooler.dense = home(48, 48)
+    with pytest.raises(PlanError, match=r"pooler.dense' is a Linear of PEFT.*merge_and_unload"):
+        kronbert.convert(model, factor=2)
+
+
+def test_the_head_of_a_wrapped_model_is_kept():
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=40, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    for one in (model, torch.nn.Sequential(model)):
+        converted = kronbert.plan(one, factor=2, errors=False).converted
+        assert not any(layer.size.name.endswith("score") for layer in converted)

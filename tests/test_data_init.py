@@ -128,6 +128,8 @@ def test_token_rows():
     assert token_rows(heads, mask).flatten().tolist() == [0, 0, 1, 1, 3, 3]
     assert token_rows(value[:, 0], mask).flatten().tolist() == [0, 3]
     assert token_rows(value, None).shape == (6, 1)
+    swapped = value.transpose(0, 1)  # (tokens, batch), as XLNet has it
+    assert token_rows(swapped, mask).flatten().tolist() == [0, 3, 1]
 
 
 def test_moments_are_those_of_the_rows_and_add_up():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5Model
+from transformers import BertConfig, BertForMultipleChoice, T5Config, T5Model
 
 import kronbert
 from kronbert import PlanError
@@ -155,3 +155,21 @@ def test_padding_on_either_side_of_an_encoder_decoder(padded):
     masks[padded][1, 6:] = 0
     with pytest.raises(PlanError, match=rf"batch 0 of an encoder-decoder is padded \(its {padded}"):
         kronbert.convert(model, rules=rules, init="data", calibration=[{**batch, **masks}])
+
+
+def test_masks_of_several_choices():
+    config = BertConfig(
+        vocab_size=60, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    model = BertForMultipleChoice(config)
+    ids, mask = torch.randint(60, (6, 3, 10)), torch.ones(6, 3, 10)
+    mask[:, 1, 4:] = 0
+    rules = {"re:.*(query|output.dense)": {"rank": 3}}
+    batches = [{"input_ids": ids, "attention_mask": mask}]
+    fitted = kronbert.convert(model, rules=rules, init="data", calibration=batches)
+    assert fitted.data_fit.tokens == mask.sum()
+    batches[0]["input_ids"] = ids.masked_fill(mask == 0, 7)
+    again = kronbert.convert(model, rules=rules, init="data", calibration=batches)
+    for name, value in fitted.state_dict().items():
+        torch.testing.assert_close(value, again.state_dict()[name], msg=name)

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2Model, ModernBertConfig, ModernBertModel
+from transformers import (
+    EsmConfig,
+    EsmModel,
+    GPT2Config,
+    GPT2Model,
+    LongformerConfig,
+    LongformerModel,
+    ModernBertConfig,
+    ModernBertModel,
+    T5Config,
+    T5Model,
+)
 
 import kronbert
 from kronbert import PlanError
@@ -88,3 +99,22 @@ def test_layers_that_know_their_place_are_refused():
     config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(PlanError, match="none can take another's place"):
         kronbert.fewer_layers(GPT2Model(config), (1, 3))
+
+
+def test_what_has_no_class_of_fewer_layers():
+    sides = T5Config(vocab_size=50, d_model=24, d_kv=6, d_ff=32, num_layers=3, num_heads=4)
+    with pytest.raises(PlanError, match=r"an encoder and a decoder\. Take the layers"):
+        kronbert.fewer_layers(T5Model(sides), 2)
+    contacts = EsmConfig(
+        vocab_size=33, hidden_size=8, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=8, mask_token_id=32, pad_token_id=1,
+    )  # fmt: skip
+    with pytest.raises(
+        PlanError, match=r"fewer_layers\(EsmModel, \(1, 3\)\): no model of its class"
+    ):
+        kronbert.fewer_layers(EsmModel(contacts), 2)
+    windows = LongformerConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=8, attention_window=[2, 4, 6], max_position_embeddings=32,
+    )  # fmt: skip
+    assert kronbert.fewer_layers(LongformerModel(windows), 2).config.attention_window == [2, 6]

@@ -1,5 +1,7 @@
 """What a plan is made from: sizes, kinds and ties of a model or of its config alone."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,10 @@ from transformers import (
     DebertaV2Config,
     GPT2Config,
     MobileBertConfig,
+    RwkvConfig,
+    RwkvModel,
+    T5Config,
+    T5Model,
 )
 
 import kronbert
@@ -117,6 +123,58 @@ def test_other_shared_weights_stay_dense():
     model[2].weight = model[0].weight
     reasons = [layer.dense_because for layer in inventory(model).layers]
     assert reasons == ["it shares its weight with '2'", None, "it shares its weight with '0'"]
+    assert [layer.weights for layer in inventory(model).layers] == [144, 144, 0]
+
+
+def test_a_table_of_two_sides_is_counted_once_and_named():
+    config = T5Config(vocab_size=400, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
+    plan = kronbert.plan(config, factor=1.2)
+    dense = sum(group["dense"] for group in plan.by_group().values())
+    norms = sum(p.numel() for n, p in T5Model(config).named_parameters() if "layer_norm" in n)
+    assert dense == plan.dense_parameters - norms
+    assert kronbert.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    with pytest.raises(
+        PlanError, match=r"'shared', with 6,400 parameters, cannot be converted: it"
+    ):
+        kronbert.plan(config, factor=9)
+    groups = {layer.size.group for layer in plan.layers if "Attention" in layer.size.name}
+    assert groups == {"attention", "embedding"}  # the bias of places is a table
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("composition.tokens", "embedding"),
+        ("embeddings.position_embeddings", "position"),
+        ("embed_positions", "position"),
+        ("pos_embedding", "position"),
+        ("transformer.wpe", "position"),
+        ("x_position_embeddings", "position"),
+    ],
+)
+def test_which_tables_are_of_positions(name, kind):
+    model = nn.Module()
+    *parents, leaf = name.split(".")
+    inner = model
+    for parent in parents:
+        inner.add_module(parent, nn.Module())
+        inner = inner.get_submodule(parent)
+    inner.add_module(leaf, nn.Embedding(200, 8))
+    assert [layer.kind for layer in inventory(model).layers] == [kind]
+
+
+def test_weights_that_the_model_changes_in_place_stay_dense():
+    """RWKV halves some every few layers in eval mode: a product's would be lost."""
+    config = RwkvConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=4, attention_hidden_size=16,
+        intermediate_size=32, rescale_every=2, context_length=16,
+    )  # fmt: skip
+    model, ids = RwkvModel(config).eval(), torch.randint(60, (2, 8))
+    rules = {"re:.*(attention.(key|value|output)|feed_forward.(key|value))": {"rank": 16}}
+    student = kronbert.convert(model, rules=rules).eval()
+    kept = [x.size.name for x in student.kronecker_plan.layers if x.size.name.endswith("output")]
+    assert all("in place" in x.dense_because for x in inventory(model).layers if x.name in kept)
+    torch.testing.assert_close(student(ids)[0], model(ids)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

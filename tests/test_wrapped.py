@@ -9,7 +9,11 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
     EncoderDecoderModel,
+    MarianConfig,
+    MarianMTModel,
     T5Config,
     T5Model,
 )
@@ -162,3 +166,26 @@ def test_another_model_of_the_same_config_stays_dense(tmp_path):
     second.save_pretrained(tmp_path)
     again = T5Model.from_pretrained(tmp_path)
     assert again.num_parameters() == second.num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["marian", "deberta"])
+def test_instances_with_ties_of_their_own_merge(kind, tmp_path):
+    if kind == "marian":
+        config = MarianConfig(
+            vocab_size=150, decoder_vocab_size=150, d_model=16, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, pad_token_id=0, max_position_embeddings=16,
+        )  # fmt: skip
+        model = MarianMTModel(config)
+    else:
+        config = DebertaV2Config(
+            vocab_size=150, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, legacy=False,
+        )  # fmt: skip
+        model = DebertaV2ForMaskedLM(config)
+    merged = kronbert.merge(kronbert.convert(model, factor=1.5))
+    assert merged.all_tied_weights_keys == model.all_tied_weights_keys
+    merged.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for name, value in merged.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
