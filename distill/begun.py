@@ -26,6 +26,12 @@ def claim(folder: Path, told: Mapping[str, Any], *, begun: bool) -> None:
     write(path, told)
 
 
+def noted(folder: Path, key: str) -> Any:
+    """What was told of ``key`` for the checkpoints in ``folder``; None where nothing was."""
+    path = folder / ASKED
+    return json.loads(path.read_text()).get(key) if path.is_file() else None
+
+
 def differing(saved: Mapping[str, Any], told: Mapping[str, Any]) -> str:
     """The keys, in a line, whose values are not what JSON keeps of those in ``told``."""
     plain = json.loads(json.dumps(told))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,14 @@ from typing import Any
 
 import datasets
 
+from kronbert.distill.columns import (
+    LABEL_COLUMNS,
+    are_numbers,
+    by_size,
+    have_points,
+    refuse_scores_without_number,
+    text_columns,
+)
 from kronbert.distill.tasks import Task, compute_metrics, get_task
 from kronbert.distill.text import FORMATS, FORMATS_IN_WORDS, PACKED, Table, kind_of, read_table
 from kronbert.errors import DataError
@@ -18,15 +25,8 @@ from kronbert.errors import DataError
 __all__ = ["TaskData", "compute_metrics", "load_folder", "load_task", "row_lengths", "tokenize"]
 
 TRAIN, DEV, TEST = ("train",), ("dev", "validation", "valid", "val"), ("test",)
-TEXT_COLUMNS = (
-    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
-    ("text1", "text2"), ("question", "sentence"), ("sentence",), ("text",), ("review",),
-    ("question",), ("content",),
-)  # fmt: skip
 MANY = 12
 """Classes that an error names."""
-
-LABEL_COLUMNS = ("label", "score", "labels", "target", "class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,20 @@ def _stem(path: Path) -> str:
 
 def _one_set(folder: Path, files: list[Path]) -> list[Path]:
     """The shards of one set; refuses two sets, for nobody said which is meant."""
-    sets = {re.sub(r"-\d{5}-of-\d{5}$", "/", _stem(p)) for p in files}
-    if len(files) > 1 and not (len(sets) == 1 and sets.pop().endswith("/")):
+    parts = [re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})", _stem(p)) for p in files]
+    sets = {part and (part[1], int(part[3])) for part in parts}
+    if len(files) > 1 and (len(sets) > 1 or None in sets):
         raise DataError(
             f"{folder}: {', '.join(p.name for p in files)}: which one is meant? "
             "Leave one of them in the folder, or rename the others."
         )
+    found = [int(part[2]) for part in parts if part]
+    for name, count in filter(None, sets):
+        if missing := sorted(set(range(count)) - set(found)):
+            raise DataError(
+                f"{folder}: {name}: part {missing[0]} of {count} (counted from 0) is not there, "
+                f"{len(found)} are. Fetch the whole set, or rename the files that are to be all."
+            )
     return files
 
 
@@ -261,7 +269,7 @@ def load_folder(
     folder = Path(folder)
     tables = [read_table(p) for p in _files(folder, ("validation",))[0]]
     first = tables[0]
-    columns = (text,) if isinstance(text, str) else text or _text_columns(first)
+    columns = (text,) if isinstance(text, str) else text or text_columns(first)
     column = first.column(label) if label else first.column(*LABEL_COLUMNS)
     values = [v for t in tables for v in t.columns[t.column(column)]]
     for table in tables:
@@ -277,13 +285,14 @@ def load_folder(
                     "or one number a row; tasks of several labels a row are not known."
                 )
     if regression is None:
-        regression = _are_numbers(values) and (
-            _have_points(values) if numbers_are_scores is None else numbers_are_scores
+        refuse_scores_without_number(tables, column)
+        regression = are_numbers(values) and (
+            have_points(values) if numbers_are_scores is None else numbers_are_scores
         )
     written = {str(value).strip() for value in values}
-    if _are_numbers(values):  # one class may be 1 in a file and 1.0 in another
+    if are_numbers(values):  # one class may be 1 in a file and 1.0 in another
         written = {name.removesuffix(".0") for name in written}
-    names = None if regression else tuple(sorted(written, key=_by_size))
+    names = None if regression else tuple(sorted(written, key=by_size))
     if names is not None and len(names) < 2:
         raise DataError(
             f"{first.path}: column {column!r} is {names[0]!r} in every row: expected two classes "
@@ -296,39 +305,6 @@ def load_folder(
     task = Task(name=folder.resolve().name, text=columns, label=column, labels=names, indices=False,
                 metrics=kept, primary=kept[0], max_length=max_length)  # fmt: skip
     return _limited(_from_files(task, folder, tables), limit, limit_validation, seed)
-
-
-def _text_columns(table: Table) -> tuple[str, ...]:
-    """The text columns by their names; a pair hides the single names inside it."""
-    found: list[tuple[str, ...]] = []
-    for names in TEXT_COLUMNS:
-        if set(names) <= set(table.columns) and not any(set(names) <= set(f) for f in found):
-            found.append(names)
-    if len(found) == 1:
-        return found[0]
-    reason = f"{' or '.join(map(str, found))} could be meant" if found else "no known text column"
-    raise DataError(
-        f"{table.path}: {reason}. It has {', '.join(map(repr, table.columns))}: pass "
-        "text=('column',) or text=('first', 'second')."
-    )
-
-
-def _are_numbers(values: list[Any]) -> bool:
-    try:
-        return all(math.isfinite(float(v)) for v in values)
-    except (TypeError, ValueError):
-        return False
-
-
-def _have_points(values: list[Any]) -> bool:
-    return any("." in str(v) or not float(v).is_integer() for v in values)
-
-
-def _by_size(name: str) -> tuple[float, str]:
-    try:
-        return float(name), name
-    except ValueError:
-        return float("inf"), name
 
 
 def tokenize(data: TaskData, tokenizer: Any, max_length: int | None = None) -> TaskData:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from kronbert.distill.averaging import has_average
-from kronbert.distill.begun import ASKED, claim
+from kronbert.distill.begun import ASKED, claim, noted
 from kronbert.distill.checks import check_pair, supervised_layers
 from kronbert.distill.cpu_layers import fused_layers, plain_attention
 from kronbert.distill.data import TaskData, compute_metrics, row_lengths
@@ -78,14 +78,17 @@ def run_stage(
 
     data: a tokenised `TaskData`, scored as it goes on ``CURVE_ROWS`` of its first dev set, or a
     `Dataset` of packed text. folder: holds the checkpoints; the newest whole one found there is
-    resumed, to the same weights as without the interruption; one of another stage, teacher, rows
-    or student (its structure, not its weights) is refused. keep_last: leave the last one for a
-    caller who has yet to save the result, and removes the folder then. teacher: None when the
+    resumed, to the same weights as without the interruption; one of another stage, teacher, rows,
+    precision or student (its structure, not its weights) is refused. keep_last: leave the last one
+    for a caller who has yet to save the result, and removes the folder then. teacher: None when the
     objective needs none. held_out: packed text that is not trained on; the objective's losses on it
     are logged as `held_out.HeldOut` says. cache: the folder of a stage with ``cache_teacher``, by
     default ``teacher-outputs`` beside ``folder``. precision: see `use_bf16`. arguments: more of
     `DistillArguments`. Raises `DistillError`."""
     folder = Path(folder)
+    last = last_checkpoint(folder, averaged=stage.ema is not None)
+    if precision == "auto" and last is not None:
+        precision = noted(folder, "precision") or "auto"  # this machine's may be another
     task = data.task if isinstance(data, TaskData) else None
     args = replace(stage, cache_teacher=False, pieces=()).to_arguments(
         folder,
@@ -116,6 +119,7 @@ def run_stage(
         "rows": rows_digest(rows),
         "teacher": None if teacher is None else model_digest(teacher),
         "student": structure_digest(student),
+        "precision": "bf16" if args.bf16 else "fp32",
     }
     states: States | None = None
     if stage.cache_teacher:
@@ -152,7 +156,6 @@ def run_stage(
     if held_out is not None:
         batches = held_out_batches(held_out, whole, trainer.args.per_device_eval_batch_size)
         trainer.add_callback(HeldOut(trainer, batches, POINTS, say))
-    last = last_checkpoint(folder, averaged=stage.ema is not None)
     for path in _checkpoints(folder):
         if last is None or _step(path) > _step(last):
             shutil.rmtree(path)  # cut off while it was written

@@ -258,7 +258,8 @@ def _hub_text(source: str, *, streaming: bool) -> Iterator[str]:
             f"text {source!r}: no column 'text'. It has {', '.join(map(repr, names))}: save the "
             "wanted column as a .jsonl file with the key 'text' and pass that."
         )
-    yield from (row["text"].strip() for row in loaded if row["text"].strip())
+    texts = (row["text"] or "" for row in loaded)  # a row may hold no text
+    yield from (text.strip() for text in texts if text.strip())
 
 
 def _first_words(rows: Iterable[str], limit: int) -> Iterator[str]:

@@ -27,7 +27,7 @@ from .cli_options import (
     Version,
     parse_rules,
 )
-from .cli_students import pretrain_student, students
+from .cli_students import pretrain_student, say, students
 from .errors import DataError, KronbertError, PlanError
 from .job_folder import writable
 
@@ -113,7 +113,7 @@ def convert(
     student.save_pretrained(output)
     copy_tokenizer(model, output)
     copy_pooling(model, output)
-    out.print(f"wrote {output}")
+    out.print(f"wrote {output}", soft_wrap=True)
 
 
 @app.command()
@@ -197,7 +197,7 @@ def compress(
         limit=limit,
         seed=seed,
     )
-    finish(run(settings, out.print), output)
+    finish(run(settings, say), output)
 
 
 @app.command()
@@ -257,7 +257,7 @@ def report(
     out.print(made)
     if output is not None:
         made.save(output)
-        out.print(f"wrote {output}")
+        out.print(f"wrote {output}", soft_wrap=True)
 
 
 @app.command()
@@ -295,7 +295,7 @@ def demo(
     """Compress MiniLM for sentiment, end to end; no network beyond the package registry."""
     from .demo import run_demo
 
-    finish(run_demo(output, data_dir, factor, seed, out.print), output)
+    finish(run_demo(output, data_dir, factor, seed, say), output)
 
 
 app.command("calibrate")(calibrate)

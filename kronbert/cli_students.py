@@ -15,6 +15,11 @@ from .cli_options import Factor, Layers, Preset, Rules, parse_rules
 out = Console(markup=False, highlight=False)
 
 
+def say(text: str) -> None:
+    """A line as it is: in files and pipes rich would break paths at column 80."""
+    out.print(text, soft_wrap=True)
+
+
 class Init(str, Enum):
     """Where a first student's numbers come from, see `kronbert.convert`."""
 
@@ -118,10 +123,12 @@ def pretrain_student(
         licence=licence,
         seed=seed,
     )
-    content = run(settings, out.print)
-    out.print(
-        f"{content['student']['factor']:.2f} times smaller, {content['tokens']:,} tokens at "
-        f"{content['tokens_per_second']:,.0f} a second; student in {Path(output) / 'student'}"
+    content = run(settings, say)
+    speed = content["tokens_per_second"]
+    say(
+        f"{content['student']['factor']:.2f} times smaller, {content['tokens']:,} tokens"
+        + (f" at {speed:,.0f} a second" if speed else "")
+        + f"; student in {Path(output) / 'student'}"
     )
 
 

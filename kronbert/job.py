@@ -20,7 +20,7 @@ from .job_folder import JobFolder, Say, alone
 from .job_models import (
     check_finite,
     check_tokenizer,
-    class_names,
+    classes_said,
     head_of,
     longest,
     open_encoder,
@@ -50,7 +50,7 @@ def compress(settings: CompressSettings, say: Say = print, data: Any = None) -> 
     with alone(settings.output):
         folder = JobFolder(settings.output, asdict(settings), say)
         report = folder.path / "report.json"
-        if not (folder.done("report") and report.is_file()):
+        if not (folder.done("report") and report.is_file() and folder.whole("student")):
             folder.forget("report")
             with quiet():
                 _Job(settings, folder, data).run()
@@ -164,7 +164,8 @@ class _Job:
         folder, settings = self.folder, self.settings
         steps = 3 + len(self.schedule.on_task)
         kinds = "scores" if self.task.labels is None else f"{len(self.task.labels)} classes"
-        on = f"{self.task.name} ({self.data.source}; {kinds})"
+        texts = " and ".join(map(repr, self.task.text))
+        on = f"{self.task.name} ({self.data.source}; texts {texts}; {kinds})"
         what = f"1/{steps} teacher: {settings.model} on {on}"
         if self.cut is not None:
             folder.say(self.cut)
@@ -188,7 +189,8 @@ class _Job:
         self.dense = None
         history: list[dict[str, Any]] = []
         if tuned:
-            self._say_classes(teacher)
+            said = classes_said(teacher.config, self.task)
+            self.folder.say(f"fine-tuned already, taken as it is{said}")
         else:
             history = self._fine_tune(teacher)
         scores = self._scores(teacher, "teacher", "--teacher-learning-rate")
@@ -222,15 +224,9 @@ class _Job:
             who = "a constant answer" if commonest is None else "the commonest class"
             self.folder.say(
                 f"the teacher has learnt nothing that shows: {metric} {score:.3f} on {name}, {who} "
-                f"{least:.3f}. Look at its rows, their length (--max-length) and its training."
+                f"{least:.3f}. Look at its rows, their length (--max-length), the order of its "
+                "classes and its training."
             )
-
-    def _say_classes(self, teacher: Any) -> None:
-        own, asked = class_names(teacher.config), self.task.labels
-        said = "fine-tuned already, taken as it is"
-        if own and asked and [n.lower() for n in own] != [n.lower() for n in asked]:
-            said += f"; its classes {own} stand for {list(asked)}, in this order"
-        self.folder.say(said)
 
     def _stage1(self) -> dict[str, Any]:
         """The pre-trained model teaches, with its masked-LM head, where the checkpoint has one (the
@@ -356,7 +352,15 @@ class _Job:
         state, source = self.folder.state, self.data.source
         base, _ = base_of(teacher, self.settings.layers, {})
         write_report(
-            self.folder.path, state, self.task, source, (own, theirs), student, teacher, base
+            self.folder.path,
+            state,
+            self.task,
+            source,
+            (own, theirs),
+            student,
+            teacher,
+            base,
+            longest(teacher.config, self.tokenizer),
         )
         return {}
 
@@ -390,4 +394,5 @@ class _Job:
     def _saved(self, name: str) -> Any:
         from transformers import AutoModelForSequenceClassification as Auto
 
+        self.folder.need(name)
         return open_pretrained(Auto, str(self.folder.path / name))

@@ -104,6 +104,18 @@ class JobFolder:
     def done(self, *steps: str) -> bool:
         return all(name in self.state["steps"] for name in steps)
 
+    def whole(self, model: str) -> bool:
+        """Whether the model of that name is still there."""
+        return (self.path / model / "config.json").is_file()
+
+    def need(self, model: str) -> None:
+        """Raise `CheckpointError` where a model that the run has made was removed since."""
+        if not self.whole(model):
+            raise CheckpointError(
+                f"{self.path}: {model}/, which this run made, is gone. Restore it, or remove the "
+                "whole folder to start again."
+            )
+
     def forget(self, name: str) -> None:
         """A step whose files are gone is to be done again."""
         self.state["steps"].pop(name, None)
@@ -171,7 +183,7 @@ def alone(folder: str | Path) -> Iterator[None]:
 def write_whole(file: Path, text: str) -> None:
     """The file with its new content, or, after a kill at any moment, with its old one."""
     scratch = file.with_name(f".{file.name}.part")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, file)
 
 

@@ -125,6 +125,10 @@ def _open_whole(auto: Any, name: str, **how: Any) -> Any:
     return model
 
 
+OTHER_CLASSIFIERS = ("ForTokenClassification", "ForMultipleChoice")
+"""Endings of classes whose head would be taken for a new one: it has its name."""
+
+
 def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
     """(model with a head for ``task``, whether it is fine-tuned already); in float32, whatever the
     checkpoint has.
@@ -138,11 +142,17 @@ def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
     config = open_pretrained(AutoConfig, name)
     full: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
     saved_as = (config.architectures or [""])[0]
+    if saved_as.endswith(OTHER_CLASSIFIERS):
+        raise DistillError(
+            f"{name}: saved as {saved_as}, whose head classifies something else than rows. Give "
+            f"its base model: AutoModel.from_pretrained({name!r}).save_pretrained(folder)."
+        )
     if not saved_as.endswith("ForSequenceClassification"):
         head: dict[str, Any] = {"num_labels": task.num_labels}
         if task.labels is None:
             head["problem_type"] = "regression"
         else:
+            head["problem_type"] = "single_label_classification"
             head["id2label"] = dict(enumerate(task.labels))
             head["label2id"] = {label: i for i, label in enumerate(task.labels)}
         with quiet():
@@ -182,6 +192,15 @@ def class_names(config: Any) -> list[str] | None:
     """A head's own names of its classes; None where it has the library's LABEL_0, LABEL_1."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return None if all(name.lower().startswith("label_") for name in names) else names
+
+
+def classes_said(config: Any, task: Any) -> str:
+    """Which class of ``task`` each of a fine-tuned head's is taken for, where their names do not
+    say so; else nothing."""
+    own = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if task.labels is None or [n.lower() for n in own] == [n.lower() for n in task.labels]:
+        return ""
+    return f"; its classes {own} stand for {list(task.labels)}, in this order"
 
 
 def check_finite(model: Any, name: str, what_to_do: str) -> None:

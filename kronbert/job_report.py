@@ -28,17 +28,17 @@ def write_report(
     student: Any,
     teacher: Any,
     base: Any,
+    longest: int,
 ) -> dict[str, Any]:
     """Measure student and teacher, write the report of a finished job into ``folder``; its JSON.
 
     answers: the student's and the teacher's, dev set -> logits and labels. base: the dense model
-    that the student was made of."""
+    that the student was made of. longest: tokens that both take in a row, at least."""
     from .distill.fidelity import fidelity
     from .distill.retention import retention_error, share_kept
 
     steps = state["steps"]
-    positions = getattr(teacher.config, "max_position_embeddings", None) or SEQUENCE
-    measured = report(student, teacher, sequence_length=min(SEQUENCE, positions))
+    measured = report(student, teacher, sequence_length=min(SEQUENCE, longest))
     errors, unmatched = weight_errors(student, base)
     measured = replace(measured, errors=errors, unmatched=unmatched)
     first = next(iter(steps["task"]["scores"]))

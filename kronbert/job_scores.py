@@ -8,6 +8,7 @@ from typing import Any
 from .errors import DataError, PlanError
 from .job_models import (
     check_tokenizer,
+    classes_said,
     head_of,
     longest,
     open_pretrained,
@@ -51,6 +52,6 @@ def scores_of(model: str, task: str, *, max_length: int | None = None, **data: A
     rows = replace(rows, train=rows.train.select(range(1)))  # not read
     return Scores(
         scores=evaluate(fine_tuned, tokenize(rows, tokenizer, length), tokenizer),
-        what=f"{rows.task.name} ({rows.source})",
+        what=f"{rows.task.name} ({rows.source}{classes_said(fine_tuned.config, rows.task)})",
         max_length=length,
     )

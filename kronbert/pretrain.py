@@ -115,8 +115,9 @@ def pretrain_student(settings: PretrainSettings, say: Say = print) -> dict[str, 
 
     The text is held packed, 5 bytes of memory per token. Reading and packing it takes more: 420 MB
     at the peak, and 70 s of one core, for 11.4 M tokens of Wikipedia in a 53 MB file. words= limits
-    both, and lets a hub set be streamed. A pooler that the checkpoint has is converted with the
-    rest, but learns nothing: no term reads it. Raises a `KronbertError` before anything is trained.
+    what is packed, and lets a hub set be streamed; files are read whole. A pooler that the
+    checkpoint has is converted with the rest, but learns nothing: no term reads it. Raises a
+    `KronbertError` before anything is trained.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DistillError(
@@ -126,7 +127,7 @@ def pretrain_student(settings: PretrainSettings, say: Say = print) -> dict[str, 
     with alone(settings.output):
         folder = JobFolder(settings.output, asdict(settings), say)
         report = folder.path / "report.json"
-        if folder.done("report") and report.is_file():
+        if folder.done("report") and report.is_file() and folder.whole("student"):
             say(f"finished before: {report} (the text was not read again)")
         else:
             folder.forget("report")
@@ -204,6 +205,7 @@ class _Pretraining:
     def _make_student(self) -> Any:
         from .checkpoint import load
         from .conversion import convert
+        from .job_start import compare_teacher, describe_teacher
 
         settings = self.settings
         if settings.student is None:
@@ -224,6 +226,15 @@ class _Pretraining:
                 "that pretrain-student wrote from this model with the same mlm=."
             )
         check_finite(student, settings.student, "Use an intact checkpoint.")
+        if (before := self._before()) is not None:
+            own_base = describe_teacher(self.teacher, self.tokenizer)
+            layers = before["student"].get("layers")
+            found = compare_teacher(own_base, before, None, None, layers)
+            if isinstance(found, str):
+                raise DistillError(
+                    f"student={settings.student}: {found}. Give one that pretrain-student wrote "
+                    "from this model, or this student's own base model."
+                )
         return student
 
     def _calibration(self) -> list[dict[str, Any]]:
@@ -262,6 +273,7 @@ class _Pretraining:
         name = model_name(self.settings.model)
         what = f"1/2 distilling a student of {name}: {self.folder.state['data']}"
         self.folder.step("train", what, self._train)
+        self.folder.need("student")
         self.folder.step("report", "2/2 report", self._report)
 
     def _train(self) -> dict[str, Any]:
@@ -287,7 +299,7 @@ class _Pretraining:
             say=folder.say,
             train_sampling_strategy="group_by_length" if settings.sentences else "random",
         )
-        seconds = monotonic() - start
+        seconds, steps = monotonic() - start, history[-1]["step"]
         student = self.student.to("cpu").float()
         check_finite(student, "the student", "Try a lower --learning-rate in another --output.")
         how = {"state_dict": half_weights(student)} if settings.half else {}
@@ -295,7 +307,7 @@ class _Pretraining:
         copy_pooling(settings.model, folder.path / "student")
         return {
             "asked": self._asked(),
-            "before": self._before(),
+            "before": self._short_before(),
             "teacher": {"name": settings.teacher_name or model_name(settings.model)} | teacher,
             "student": {
                 "class": type(student).__name__,
@@ -304,22 +316,26 @@ class _Pretraining:
                 "factor": self.teacher.num_parameters() / student.num_parameters(),
                 "dtype": "float16" if settings.half else "float32",
             },
-            "tokens_per_step": self._tokens_per_step(),
-            "steps": history[-1]["step"],
-            "steps_of_last_start": history[-1]["step"] - done,
+            "steps": steps,
+            "steps_of_last_start": steps - done,
+            "tokens": self._tokens_read(steps),
+            "tokens_of_last_start": self._tokens_read(steps) - self._tokens_read(done),
             "training_seconds": round(seconds, 2),
             "stage": self.stage.to_dict(),
             "history": history,
         }
 
-    def _tokens_per_step(self) -> float:
-        """On average."""
+    def _tokens_read(self, steps: int) -> int:
+        """In so many steps, of which the last one of every pass may be a smaller one; of sentences
+        in a part of a pass, on average."""
         from .distill.data import row_lengths
 
-        if not self.settings.sentences:
-            return float(self.stage.batch_size * self.stage.max_length)
-        lengths = row_lengths(self.rows)
-        return float(self.stage.batch_size * sum(lengths) / len(lengths))
+        rows, batch = len(self.rows), self.stage.batch_size
+        passes, rest = divmod(steps, -(-rows // batch))
+        each = float(self.stage.max_length)
+        if self.settings.sentences:
+            each = sum(row_lengths(self.rows)) / rows
+        return round((passes * rows + rest * batch) * each)
 
     def _asked(self) -> dict[str, Any]:
         """factor and preset, those of the run that began where this one goes on."""
@@ -329,17 +345,22 @@ class _Pretraining:
             return asked
         return {"factor": self.settings.factor, "preset": self.settings.preset}
 
+    def _short_before(self) -> dict[str, Any] | None:
+        """`_before` without what this run's own report says of the teacher, and without the log."""
+        before = self._before() or {}
+        return {k: v for k, v in before.items() if k not in ("history", "teacher")} or None
+
     def _before(self) -> dict[str, Any] | None:
-        """The report, without the log, of the run that made the student that this one goes on from;
-        None where there is no report."""
+        """The report of the run that made the student that this one goes on from; None where there
+        is no report."""
         if self.settings.student is None:
             return None
         name = self.settings.student
         report = Path(find_shipped(name) or name, "report.json")
         if not report.is_file():
             return None
-        found = json.loads(report.read_text())
-        return {key: value for key, value in found.items() if key not in ("history", "teacher")}
+        found: dict[str, Any] = json.loads(report.read_text())
+        return found
 
     def _report(self) -> dict[str, Any]:
         from .distill.held_out import curve_of

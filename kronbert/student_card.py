@@ -18,21 +18,21 @@ def student_report(
 ) -> dict[str, Any]:
     """The content of report.json: no folder of this machine stands in it.
 
-    seconds and tokens_per_second: of the last start, if the run was interrupted; held_out_seconds
-    are part of the seconds but not of the speed."""
+    seconds and tokens_per_second: of the last start, if the run was interrupted (None where only
+    the saving was left); held_out_seconds are part of the seconds but not of the speed."""
     import torch
     import transformers
 
     from . import __version__
 
-    stage, per_step = trained["stage"], trained["tokens_per_step"]
+    stage = trained["stage"]
     first = trained["steps"] - trained["steps_of_last_start"]
     aside = sum(
         row.get("held_out_seconds", 0)
         for row in trained["history"]
         if row["step"] > first or not first
     )
-    busy = trained["training_seconds"] - aside
+    busy, read = trained["training_seconds"] - aside, trained["tokens_of_last_start"]
     return {
         "schema": SCHEMA,
         "settings": _without_folders(settings),
@@ -43,10 +43,10 @@ def student_report(
         "student": trained["student"],
         "licence": settings["licence"],
         "steps": trained["steps"],
-        "tokens": round(trained["steps"] * per_step),
+        "tokens": trained["tokens"],
         "seconds": trained["training_seconds"],
         "held_out_seconds": round(aside, 2),
-        "tokens_per_second": round(trained["steps_of_last_start"] * per_step / max(busy, 1e-3), 1),
+        "tokens_per_second": round(read / max(busy, 1e-3), 1) if read else None,
         "stage": stage,
         "held_out": None,
         "versions": {
@@ -73,7 +73,7 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
 def student_card(report: Mapping[str, Any]) -> str:
     """README.md of a student's folder, as the Hugging Face hub shows it."""
     teacher, student, settings = report["teacher"], report["student"], report["settings"]
-    stage = report["stage"]
+    stage, speed = report["stage"], report["tokens_per_second"]
     head = ["library_name: transformers", "tags: [kronbert, kronecker, distillation]"]
     if report["licence"]:
         head.insert(0, f"license: {report['licence']}")
@@ -115,7 +115,7 @@ def student_card(report: Mapping[str, Any]) -> str:
         f"| optimiser | {_optimiser(stage)} |",
         f"| seed | {stage['seed']} |",
         *_before(report),
-        f"| tokens per second | {report['tokens_per_second']:,.0f} |",
+        *([f"| tokens per second | {speed:,.0f} |"] if speed else []),
         "| versions | " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + " |",
         "",
     ]

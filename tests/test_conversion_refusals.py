@@ -288,6 +288,7 @@ def test_what_is_kept_beside_the_head():
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel")
 def test_quantised_layers_are_refused():
     model = torch.ao.quantization.quantize_dynamic(classifier(), {torch.nn.Linear})
     with pytest.raises(

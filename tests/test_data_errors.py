@@ -128,3 +128,55 @@ def test_limit_below_one(tmp_path):
     folder(tmp_path / "sst2", SST2)
     with pytest.raises(DataError, match="limit=0: expected a number of rows"):
         load_task("sst2", data_dir=tmp_path, limit=0)
+
+
+@pytest.mark.parametrize("odd", ["nan", "N/A", "inf", "0,143", "good"])
+def test_a_score_that_is_no_number_makes_no_classes(tmp_path, odd):
+    rows = "".join(f"a film\t{i}.5\n" for i in range(6))
+    folder(
+        tmp_path / "mine", f"sentence\tscore\n{rows}the room\t{odd}\n", f"sentence\tscore\n{rows}"
+    )
+    said = f"train.tsv, line 8: label '{odd}' in column 'score': expected a number, with a point"
+    with pytest.raises(DataError, match=said):
+        load_folder(tmp_path / "mine")
+    assert len(load_folder(tmp_path / "mine", regression=False).task.labels) == 7
+
+
+def test_decimal_commas(tmp_path):
+    rows = "".join(f"a film\t{i},5\n" for i in range(6))
+    folder(tmp_path / "mine", f"sentence\tscore\n{rows}", f"sentence\tscore\n{rows}")
+    with pytest.raises(DataError, match=r"line 2: label '0,5' .* with a point"):
+        load_folder(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["train-00000-of-00002"], r"train: part 1 of 2 \(counted from 0\) is not there, 1 are"),
+        (["train-00001-of-00002"], r"part 0 of 2"),
+        (["train-00000-of-00001", "train-00000-of-00002"], "which one is meant"),
+        (["train", "train-00000-of-00001"], "which one is meant"),
+    ],
+)
+def test_shards_that_are_no_whole_set(tmp_path, names, said):
+    for name in names:
+        write(tmp_path / "sst2" / f"{name}.tsv", SST2)
+    write(tmp_path / "sst2" / "dev.tsv", SST2)
+    with pytest.raises(DataError, match=said):
+        load_task("sst2", data_dir=tmp_path)
+
+
+def test_a_question_beside_another_text_is_not_read_alone(tmp_path):
+    rows = [
+        {"question": "is the soup good", "passage": "it was a cold soup", "label": i % 2}
+        for i in range(4)
+    ]
+    text = "\n".join(map(json.dumps, rows))
+    write(tmp_path / "boolq" / "train.jsonl", text)
+    write(tmp_path / "boolq" / "dev.jsonl", text)
+    with pytest.raises(
+        DataError, match=r"\('question',\) or \('question', 'passage'\) could be meant"
+    ):
+        load_folder(tmp_path / "boolq")
+    pair = load_folder(tmp_path / "boolq", text=("question", "passage"))
+    assert pair.task.text == ("question", "passage")

@@ -381,3 +381,21 @@ def test_another_stages_checkpoints_are_not_gone_on_from(tiny_bert, rows, tokeni
     shutil.rmtree(run)
     run_stage(model_of(tiny_bert), None, other, rows, run, **given | {"keep_last": False})
     assert not (run / "asked.json").exists()
+
+
+def test_a_run_goes_on_in_its_own_precision(
+    interrupted, tiny_bert, rows, tokenizer, tmp_path, monkeypatch
+):
+    """Another machine would choose another one."""
+    given = {"tokenizer": tokenizer, "checkpoints": 8}
+    whole = model_of(tiny_bert)
+    run_stage(whole, None, STAGE, rows, tmp_path / "a", precision="bf16", **given)
+    monkeypatch.setattr(finetune, "_cpu_flags", lambda: "avx512_bf16")
+    interrupted(6, model_of(tiny_bert), None, STAGE, rows, tmp_path / "b", **given)
+    monkeypatch.setattr(finetune, "_cpu_flags", lambda: "")
+    with pytest.raises(DistillError, match=r"\(other precision\)"):
+        run_stage(model_of(tiny_bert), None, STAGE, rows, tmp_path / "b", precision="fp32", **given)
+    again = model_of(tiny_bert)
+    run_stage(again, None, STAGE, rows, tmp_path / "b", **given)
+    for name, value in state_of(whole).items():
+        assert torch.equal(again.state_dict()[name], value), name

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+)
 
 from kronbert import job as job_module
 from kronbert.distill.checks import has_masked_lm
@@ -17,7 +22,8 @@ from kronbert.distill.unlabelled import with_unlabelled
 from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
 from kronbert.job_folder import JobFolder
-from kronbert.job_models import open_teacher
+from kronbert.job_models import classes_said, open_teacher
+from kronbert.job_scores import scores_of
 from kronbert.pretrain import PretrainSettings
 from tests.job_runs import settings_for, task_of_classes
 
@@ -257,3 +263,53 @@ def test_a_seed_that_numpy_would_not_take(seed, tmp_path):
         CompressSettings(model="m", task="t", output=str(tmp_path), factor=8, seed=seed)
     with pytest.raises(PlanError, match=rf"pretrain-student: seed={seed}: expected 0 to"):
         PretrainSettings(model="m", text="t", output=str(tmp_path), factor=8, seed=seed)
+
+
+def test_heads_that_classify_something_else(refuse, tiny_bert, tmp_path):
+    tagger = AutoModelForTokenClassification.from_pretrained(tiny_bert, num_labels=5)
+    tagger.save_pretrained(tmp_path / "tagger")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "tagger")
+    said = (
+        "BertForTokenClassification, whose head classifies something else than rows. Give its base"
+    )
+    refuse(DistillError, said, model=str(tmp_path / "tagger"))
+
+
+def test_a_base_that_another_task_has_left(tiny_bert, tiny_task, tmp_path):
+    """Its problem_type would be taken for the new head's."""
+    other = AutoModelForSequenceClassification.from_pretrained(
+        tiny_bert, num_labels=1, problem_type="regression"
+    )
+    other.base_model.save_pretrained(tmp_path / "base")
+    model, tuned = open_teacher(str(tmp_path / "base"), load_folder(tiny_task).task)
+    assert not tuned
+    ids = torch.randint(5, 20, (3, 6))
+    assert model(ids, labels=torch.tensor([0, 1, 1])).loss.isfinite()
+    assert model.config.problem_type == "single_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["cross", "glad"], ""),
+        (["Cross", "GLAD"], ""),
+        (
+            ["sad", "happy"],
+            "; its classes ['sad', 'happy'] stand for ['cross', 'glad'], in this order",
+        ),
+        (
+            ["LABEL_0", "LABEL_1"],
+            "; its classes ['LABEL_0', 'LABEL_1'] stand for ['cross', 'glad'], in this order",
+        ),
+    ],
+)
+def test_what_a_heads_classes_are_taken_for(tiny_task, tmp_path, tiny_bert, names, said):
+    task = load_folder(tiny_task).task
+    config = BertConfig(id2label=dict(enumerate(names)))
+    assert classes_said(config, task) == said
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_bert, id2label=dict(enumerate(names))
+    )
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "model")
+    assert scores_of(str(tmp_path / "model"), str(tiny_task)).what.endswith(f"{said})")

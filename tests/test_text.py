@@ -123,7 +123,7 @@ def test_load_text_from_the_hub_streams_under_a_limit(monkeypatch):
 
     def load(name, config, *, split, streaming):
         calls.append((name, config, split, streaming))
-        return datasets.Dataset.from_dict({"text": ["a b", "", "c d"], "url": ["u"] * 3})
+        return datasets.Dataset.from_dict({"text": ["a b", "", None, "c d"], "url": ["u"] * 4})
 
     monkeypatch.setattr(module.datasets, "load_dataset", load)
     assert list(load_text("wiki:en", limit_tokens=3)["text"]) == ["a b", "c"]
