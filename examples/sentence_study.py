@@ -110,7 +110,11 @@ def main() -> None:
         rows.append({"name": name, "parameters": model.num_parameters(), **found, "cosine": cosine})
         print(json.dumps(rows[-1]), flush=True)
     content = {
-        "command": "python examples/sentence_study.py --model MODEL --data-dir GLUE",
+        "command": " ".join(
+            ["python examples/sentence_study.py --model MODEL --data-dir GLUE"]
+            + ["--students"] * bool(options.students)
+            + [f"{one.partition('=')[0]!r}=FOLDER" for one in options.students]
+        ),
         **provenance("unknown"),
         "pairs": len(sets.scores),
         "questions": len(sets.questions),

@@ -20,6 +20,8 @@ from study_structures import STRUCTURES, restructured  # type: ignore[import-not
 from transformers import AutoConfig
 
 import kronbert
+from kronbert.distill.begun import claim
+from kronbert.errors import DistillError
 from kronbert.job_folder import write_whole
 from kronbert.pretrain import PretrainSettings, pretrain_student
 
@@ -64,6 +66,8 @@ def main() -> None:
 def made(options: Any, factor: float, variant: str, folder: Path) -> dict[str, Any]:
     """The variant's row: from its folder, or trained now."""
     path = folder / "row.json"
+    told = {key: getattr(options, key) for key in ("model", "text", "valid", "words", "seed")}
+    claim(folder, told, begun=path.is_file())
     if not path.is_file():
         plan = kronbert.plan(AutoConfig.from_pretrained(options.model), factor=factor)
         plan = restructured(plan, variant if variant in STRUCTURES else "planned")
@@ -117,6 +121,10 @@ def shapes_of(plan: Any) -> dict[str, str]:
 def collect(output: Path, results: Path) -> None:
     """Every variant that is done, in one file."""
     rows = [json.loads(path.read_text()) for path in output.glob("*/row.json")]
+    if len(words := {row["words"] for row in rows}) > 1:
+        raise DistillError(
+            f"{output}: rows of {sorted(words)} words do not compare. Use one --output each."
+        )
     order = list(VARIANTS)
     rows.sort(key=lambda row: (row["factor"], order.index(row["variant"])))
     command = "python examples/stage1_study.py --model MODEL --text TEXT --valid VALID"

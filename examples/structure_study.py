@@ -30,7 +30,9 @@ from study_structures import STRUCTURES, restructured  # type: ignore[import-not
 from transformers import set_seed
 
 import kronbert
+from kronbert.distill.begun import claim
 from kronbert.distill.data import TaskData, row_lengths
+from kronbert.distill.digests import rows_digest
 from kronbert.distill.fidelity import fidelity
 from kronbert.distill.finetune import answers, evaluate, run_stage
 from kronbert.distill.recipes.kronbert import task_stages
@@ -100,6 +102,11 @@ class Task:
         self.stages = task_stages(name, tokens=tokens)
         self.whole = rows.tokens(name, training)
         self.data = some_rows(self.whole, options.tokens)
+        self.told = {
+            **{"tokens": options.tokens, "fit": options.fit},
+            "teacher": model_digest(self.teacher),
+            "rows": rows_digest(self.data.train),
+        }
         self.sets = {"dev": self.whole, "outside": rows.outside(self.whole.task)}
 
     def made(self, output: Path, factor: float, name: str, seed: int) -> dict[str, Any]:
@@ -107,6 +114,7 @@ class Task:
         words = "".join(c if c.isalnum() or c == "." else "-" for c in name)
         folder = output / self.name / f"{factor:g}-{words}-seed{seed}"
         path = folder / "row.json"
+        claim(folder, self.told, begun=path.is_file())
         if not path.is_file():
             row = self._made(folder, output / self.name / "teacher", factor, name, seed)
             write_whole(path, json.dumps(row, indent=1) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kronbert.distill import (
     with_unlabelled,
 )
 from kronbert.distill.data import TaskData, load_folder
+from kronbert.distill.digests import data_digest
 from kronbert.distill.recipes.kronbert import tokens_wanted
 from kronbert.distill.text import read_table
 from kronbert.errors import DataError
@@ -33,6 +34,12 @@ class Rows:
 
     def __init__(self, options: Any, tokenizer: Any) -> None:
         self.options, self.tokenizer = options, tokenizer
+
+    @cache  # noqa: B019 - one study lives as long as its process
+    def digest(self, task: str) -> str:
+        """Of the contents of the task's own rows."""
+        data = load_task(task, data_dir=self.options.data_dir, limit=self.options.limit)
+        return data_digest(data)
 
     @lru_cache(maxsize=1)  # noqa: B019 - one study lives as long as its process
     def _tokens(

@@ -104,6 +104,7 @@ class Study:
             "model": model_name(self.options.model),
             "limit": self.options.limit,
             "seed": run.seed,
+            "data_digest": self.rows.digest(run.task),
         }
         if run.kind == "teacher":
             if run.task in settings.WITH_SNLI and self.options.snli_dir is not None:
@@ -123,6 +124,7 @@ class Study:
         if "training" in before:
             before = {**before, "training": settings.completed(before["training"])}
         now = json.loads(json.dumps(self.asked(run)))
+        before = {"data_digest": now["data_digest"], **before}  # an earlier one has none
         if before != now:
             other = [k for k in {**before, **now} if before.get(k) != now.get(k)]
             raise DistillError(

@@ -146,7 +146,8 @@ class Plan:
         for name in changes:
             if name.startswith("re:"):
                 raise PlanError(f"{name!r}: edit takes full names. For patterns, plan with rules=.")
-        KroneckerConfig(rules=changes).check_names(tuple(known))
+        if changes:
+            KroneckerConfig(rules=changes).check_names(tuple(known))
         for name in changes:
             size = known[name].size
             known[name] = PlannedLayer(size=size, groups=ruled(size, config.rules[name]))

@@ -18,8 +18,8 @@ from itertools import pairwise
 from .shapes import Groups, KroneckerShape, low_rank
 
 SIGNS = {30522: (999, 1067)}
-"""Rows of a vocabulary -> where those of punctuation, digits and letters begin and end. A fifth to
-a third of the tokens of GLUE's training sets, in 68 rows of BERT's uncased vocabulary."""
+"""Rows of a vocabulary -> where those of punctuation, digits and letters begin and end. A sixth to
+a fifth of the tokens of GLUE's training sets, in 68 rows of BERT's uncased vocabulary."""
 
 SIGN_RANK, SIGN_SHARE = 48, 0.05
 """Of the signs' block, and their part of the text, flattened as by `POWER` (measured: English

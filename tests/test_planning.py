@@ -202,6 +202,7 @@ def test_edits_add_up():
 
 def test_edit_of_a_plan_that_lacks_rows():
     plan = make_plan(encoder(), KroneckerConfig(factor=6, rules={"re:.*key": {"rank": 3}}))
+    assert plan.edit({}) == plan
     data = plan.to_json()
     data["layers"] = [
         row for row in data["layers"] if row["name"] != WORD and "key" not in row["name"]

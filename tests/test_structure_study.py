@@ -74,6 +74,9 @@ def test_students_of_one_size_learn_the_same_rows(study, command, monkeypatch, t
     assert len(seen) == 4
     with pytest.raises(SystemExit, match="--tokens do not compare"):
         run(study, command, monkeypatch, "--structures", "uniform", "--tokens", "500")
+    other = ["--tokens", "500", "--results", str(tmp_path / "other.json")]
+    with pytest.raises(DistillError, match=r"\(other tokens, rows\)"):
+        run(study, command, monkeypatch, "--structures", *names, *other)
     assert len(seen) == 4
     head, _, first, *_ = study.stage1_tables.structures(
         tmp_path / "found.json", tmp_path / "none.json"

@@ -77,6 +77,19 @@ def test_mnli_s_teacher_learns_from_snli_as_well(modules, options, glue):
         rows.of_teacher("mnli")
 
 
+def test_a_result_of_other_rows_is_not_taken(modules, options, glue, tmp_path):
+    options.tasks, options.students = ["sst2"], []
+    known = made(modules, options)["teacher"]
+    assert made(modules, options)["teacher"] == known
+    folder = shutil.copytree(glue / "glue", tmp_path / "other")
+    (train,) = (folder / "sst2").glob("train*")
+    lines = train.read_text().splitlines()
+    train.write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
+    options.data_dir = str(folder)
+    with pytest.raises(DistillError, match=r"made with other settings \(data_digest\)"):
+        made(modules, options)
+
+
 def test_rows_of_other_classes_are_refused(modules, options, glue, tmp_path):
     data = modules.data.Rows(options, None)
     mnli = load_task("mnli", data_dir=data.options.data_dir)
