@@ -5,9 +5,10 @@
 
 A teacher is fine-tuned once per task. Students of one task and factor have one size (to within one
 rank), the same batches and steps, and the recipe's learning rates, which were chosen for kronbert's
-(or, with --stage '{"rates": [...]}', each the best of one list); they are scored at the last step. Each run is a folder with a result.json: what is done is skipped, what was
-killed goes on from its checkpoint, and several processes may work on one --output. Tasks and
-schedules are in study_settings.py; --stage overrides them for a variant that --tag names.
+(or, with --stage '{"rates": [...]}', each the best of one list); they are scored at the last step.
+Each run is a folder with a result.json: what is done is skipped, what was killed goes on from its
+checkpoint, and several processes may work on one --output. Tasks and schedules are in
+study_settings.py; --stage overrides them for a variant that --tag names.
 """
 
 from __future__ import annotations

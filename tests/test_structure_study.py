@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kronbert.distill.finetune import training_rows
+from kronbert.errors import DistillError
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
 
