@@ -184,7 +184,8 @@ def place(
     if not new:
         raise CheckpointError(
             f"config.json: none of the Kronecker layers ({next(iter(layers), 'none')!r}, ...) is "
-            f"in {type(model).__name__}. Load it with the class that saved it."
+            f"in {type(model).__name__}. Load it with the class that saved it; of a model whose "
+            "parts share its config (BART), save the whole."
         )
     swap(model, new)
     return new
