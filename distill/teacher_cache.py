@@ -47,10 +47,7 @@ SAVED_EVERY = 100
 """Batches between two notes of how far the computation is."""
 
 # What a configuration says of its origin and not of the function that the model is.
-_NO_MATTER = {
-    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"),
-    "problem_type",  # a forward pass with labels sets it
-}
+_NO_MATTER = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True)
@@ -299,6 +296,9 @@ def model_digest(model: nn.Module) -> str:
     """A hash of the class, the weights and buffers that are saved, and the configuration."""
     config: Any = model.config
     told = {k: v for k, v in config.to_dict().items() if k not in _NO_MATTER}
+    if told.get("problem_type", "") is None:  # what a forward pass with labels makes of it
+        one = config.num_labels == 1
+        told["problem_type"] = "regression" if one else "single_label_classification"
     seen = hashlib.sha256(f"{type(model).__name__} {json.dumps(told, sort_keys=True)}".encode())
     for name, tensor in model.state_dict().items():
         seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

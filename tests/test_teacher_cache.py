@@ -117,6 +117,9 @@ def test_the_digest_knows_what_matters(tiny_bert, rows, tmp_path):
         other.classifier.bias[0] += 1e-6
     assert model_digest(teacher) != model_digest(other)
     other = copy.deepcopy(teacher)
+    other(torch.ones(2, 3).long(), labels=torch.tensor([0, 1]))  # sets the config's problem_type
+    assert other.config.problem_type != teacher.config.problem_type
+    assert model_digest(teacher) == model_digest(other)
     other.config.hidden_act = "relu"
     assert model_digest(teacher) != model_digest(other)
 
