@@ -206,12 +206,13 @@ def _changes(results: Results, kind: str, factor: float, tag: str) -> str:
 
 
 def _changed(row: Mapping[str, Any], base: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """A run's changes; of whole stages only what the run of its seed in ``base`` has otherwise, but
-    for `Stage.cache_teacher`, which changes no result."""
+    """A run's changes; of whole stages only what the run of its seed (else any) in ``base`` has
+    otherwise, but for `Stage.cache_teacher`, which changes no result."""
     changes = dict(row["changes"])
-    if "stages" not in changes or row["seed"] not in base:
+    if "stages" not in changes or not base:
         return changes
-    usual = {one["name"]: one for one in base[row["seed"]]["stages"]}
+    beside = base.get(row["seed"], next(iter(base.values())))
+    usual = {one["name"]: one for one in beside["stages"]}
     for stage in changes.pop("stages"):
         before = usual.get(stage["name"], {})
         other = {key: value for key, value in stage.items() if before.get(key) != value}

@@ -236,6 +236,13 @@ def test_ablations_compare_the_same_seeds(modules, results):
     assert ema[2:] == ["ema", '`{"ema": 0.9}`', "75.0 ± 0.0 (+2.5)"]
 
 
+def test_whole_stages_beside_a_run_of_another_seed(modules):
+    row = {"changes": {"stages": [{"name": "one", "rate": 2, "epochs": 1}]}, "seed": 5}
+    base = {7: {"stages": [{"name": "one", "rate": 1, "epochs": 1}]}}
+    assert modules.tables._changed(row, base) == {"one rate": 2}
+    assert modules.tables._changed(row, {}) == row["changes"]
+
+
 def test_ablations_of_earlier_runs_stay_beside_them(modules, results):
     tag = modules.settings.EARLIER
     runs = [*results.runs]
