@@ -69,6 +69,8 @@ def fewer_layers(model: nn.Module, layers: int | Sequence[int]) -> Any:
         with torch.random.fork_rng(devices=[]):  # what is initialised here is thrown away
             copied: Any = type(model)(config)
         _fill(copied, model, kept, depth)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the layers
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise PlanError(
             f"fewer_layers({type(model).__name__}, {kept}): no model of its class has those layers "

@@ -383,10 +383,9 @@ def test_another_stages_checkpoints_are_not_gone_on_from(tiny_bert, rows, tokeni
     assert not (run / "asked.json").exists()
 
 
-def test_a_run_goes_on_in_its_own_precision(
+def test_a_run_goes_on_in_its_own_precision_on_another_machine(
     interrupted, tiny_bert, rows, tokenizer, tmp_path, monkeypatch
 ):
-    """Another machine would choose another one."""
     given = {"tokenizer": tokenizer, "checkpoints": 8}
     whole = model_of(tiny_bert)
     run_stage(whole, None, STAGE, rows, tmp_path / "a", precision="bf16", **given)

@@ -1,11 +1,8 @@
 """The main job: its numbers are real, its state is kept, it starts from any teacher."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,8 +10,6 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    RobertaConfig,
-    RobertaModel,
 )
 
 import kronbert
@@ -29,7 +24,6 @@ from kronbert.distill.retention import retention_error
 from kronbert.distill.unlabelled import unlabelled_rows, with_unlabelled
 from kronbert.errors import CheckpointError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
-from kronbert.job_folder import write_whole
 from kronbert.job_rows import more_rows
 from tests.job_runs import assert_equal, settings_for, task_of_classes, weights
 
@@ -133,32 +127,6 @@ def test_a_student_that_was_removed_is_not_finished(finished, tmp_path):
     shutil.rmtree(copied / "student")
     with pytest.raises(CheckpointError, match="student/, which this run made, is gone"):
         compress(replace(finished[1], output=str(copied)), lambda _: None)
-
-
-def test_a_model_of_few_positions_is_reported(tiny_bert, tiny_task, tmp_path):
-    """RoBERTa counts its positions from the padding index on."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=18, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    RobertaModel(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    settings = settings_for(tmp_path / "model", tiny_task, tmp_path / "out", factor=2.0)
-    compress(settings, lambda _: None)
-    assert (tmp_path / "out" / "report.md").is_file()
-
-
-def test_a_report_in_letters_that_the_locale_lacks(tmp_path):
-    write_whole(tmp_path / "report.md", "97 ± 1 %")
-    assert (tmp_path / "report.md").read_bytes() == "97 ± 1 %".encode()
-    code = (
-        "import sys; from kronbert.job_folder import write_whole as w; from pathlib import Path\n"
-    )
-    code += "w(Path(sys.argv[1]), '97 \\xb1 1 %')"
-    plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    subprocess.run([sys.executable, "-c", code, tmp_path / "other.md"], env=plain, check=True)
-    assert (tmp_path / "other.md").read_text(encoding="utf-8") == "97 ± 1 %"
 
 
 def test_second_call_looks_at_data_of_the_caller(finished, tiny_task, monkeypatch):
