@@ -272,7 +272,7 @@ class Study:
             self.options.stage1, teacher, self.tokenizer, run.factor, run.kind
         )
         calibration = None
-        if run.kind == "kronbert" and training.init != "weights" and training.after is None:
+        if students.is_fitted(run.kind, training.init) and training.after is None:
             calibration = students.calibration(
                 data.train,
                 training.calibration_rows,

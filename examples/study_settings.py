@@ -26,8 +26,10 @@ KINDS = {
     "kronbert": "**kronbert**",
     "kronbert-stage1": "kronbert from a student of general text",
     "svd": "truncated SVD",
+    "svd-fitted": "truncated SVD, fitted to data",
     "svd-stage1": "truncated SVD from a student of general text",
     "paper": "single products, 1 x n embedding (KroneckerBERT's shapes)",
+    "paper-fitted": "KroneckerBERT's shapes, fitted to data",
     "random": "kronbert's shapes, random start",
     "dense": "dense, two narrow layers",
 }
@@ -36,6 +38,10 @@ KINDS = {
 STAGE1 = ("kronbert-stage1", "svd-stage1")
 """Kinds that go on from a student of general text, and that only --students makes: the other kinds
 start from the fine-tuned teacher, as `kronbert compress` does."""
+
+FITTED = ("kronbert", "svd-fitted", "paper-fitted")
+"""Kinds whose layers start from a fit to the task's rows (init="data"); the others' start from the
+weights alone, or at random. What a structure brings shows among these."""
 
 MAIN = "main"
 """The tag of runs without an override of their own."""
@@ -127,7 +133,7 @@ class Training:
 
     stages: one after another, as `Stage.to_dict` without seed; the last has the rate that `rates`
     are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
-    init: of the kind kronbert, one of `INITS`, on
+    init: of the kind kronbert, one of `INITS`; it and the other kinds of `FITTED` are fitted to
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. splice: rows
     made of two, None: as many as the recipe wants; augment: copies per row with words replaced;
     text_rows: sentences of --text; transfer: other tasks and how many of their training rows; all

@@ -165,6 +165,7 @@ STRUCTURES: dict[str, tuple[tuple[str, ...], Choice]] = {
     "table by i ** -0.75": (TABLE, blocks_by(0.75)),
     "table by i ** -0.5": (TABLE, blocks_by(0.5)),
     "table by i ** -0.25": (TABLE, blocks_by(0.25)),
+    "more for all rows": (TABLE, lambda size, numbers: blocks(size, numbers, shared=0.75)),
     "smaller table": (TABLE, blocks_with(0.75)),
     "larger table": (TABLE, blocks_with(1.25)),
 }

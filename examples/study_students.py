@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_settings import STAGE1  # type: ignore[import-not-found]
+from study_settings import FITTED, STAGE1  # type: ignore[import-not-found]
 from study_starts import by_importance  # type: ignore[import-not-found]
 from study_structures import products, restructured  # type: ignore[import-not-found]
 from transformers import AutoModelForSequenceClassification, BertConfig
@@ -52,6 +52,12 @@ def stage1_start(
     return found
 
 
+def is_fitted(kind: str, init: str) -> bool:
+    """Whether students of the kind start from a fit to data; init: `Training`'s, the kind
+    kronbert's own."""
+    return kind in FITTED and not (kind == "kronbert" and init == "weights")
+
+
 def build(
     kind: str,
     teacher: Any,
@@ -77,21 +83,20 @@ def build(
         plan = restructured(plan, structure)
     if kind == "dense":
         return two_layers(teacher, plan.parameters)
-    if kind == "kronbert":
-        if calibration is None:
-            return kronbert.convert(teacher, plan=plan)
-        if importance:
+    if kind in ("svd", "svd-fitted"):
+        plan = all_svd(plan)
+    elif kind in ("paper", "paper-fitted"):
+        plan = single_products(plan)
+    elif kind not in ("kronbert", "random"):
+        raise DataError(f"student {kind!r}: no such kind.")
+    if kind in FITTED and calibration is not None:
+        if kind == "kronbert" and importance:
             return by_importance(teacher, plan, calibration)
         return kronbert.convert(teacher, plan=plan, init="data", calibration=calibration)
-    if kind == "svd":
-        return kronbert.convert(teacher, plan=all_svd(plan))
-    if kind == "paper":
-        return kronbert.convert(teacher, plan=single_products(plan))
+    student = kronbert.convert(teacher, plan=plan)
     if kind == "random":
-        student = kronbert.convert(teacher, plan=plan)
         randomise(student)
-        return student
-    raise DataError(f"student {kind!r}: no such kind.")
+    return student
 
 
 def all_svd(plan: Plan) -> Plan:

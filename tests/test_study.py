@@ -19,12 +19,13 @@ SCORED = ("scores", "fidelity", "retention_error", "outside")
 
 def test_a_run_is_made_once_and_says_where_it_comes_from(modules, options, glue, counted):
     options.ood_dir, options.ood_limit = str(glue / "ood"), 10
-    options.students = ["kronbert", "svd"]
+    options.students = ["kronbert", "svd", "svd-fitted"]
     rows = made(modules, options)
-    assert counted == ["teacher", "task", "task"]
+    assert counted == ["teacher", "task", "task", "task"]
     row = rows["kronbert"]
     assert row["init"] == "data"
     assert rows["svd"]["init"] == "weights"
+    assert rows["svd-fitted"]["init"] == "data"
     assert row["measured_factor"] == row["teacher_parameters"] / row["parameters"]
     assert row["stages"][0]["epochs"] == 1
     assert row["stages"][0]["seed"] == row["seed"] == 1
@@ -39,10 +40,10 @@ def test_a_run_is_made_once_and_says_where_it_comes_from(modules, options, glue,
     assert not (folder / "run").exists()
     assert open_model(str(folder / "model")).kronecker_plan.factor > 2.9
     made(modules, options)
-    assert counted == ["teacher", "task", "task"]
+    assert counted == ["teacher", "task", "task", "task"]
     (folder / "result.json").unlink()
     made(modules, options)
-    assert counted == ["teacher", "task", "task", "task"]
+    assert counted == ["teacher", "task", "task", "task", "task"]
 
 
 def test_scores_are_those_of_the_saved_model_and_can_be_made_again(modules, options, glue):

@@ -23,6 +23,7 @@ NAMES = [
     "table by i ** -0.75",
     "table by i ** -0.5",
     "table by i ** -0.25",
+    "more for all rows",
     "smaller table",
     "larger table",
 ]
@@ -100,6 +101,16 @@ def test_a_law_by_itself_is_free_of_the_planners_share(study, plan):
     shared, *others = study.blocks(size, 400_000)
     assert shared.rank > 1
     assert others
+
+
+def test_more_for_all_rows_takes_it_from_the_frequent_words(study, plan):
+    found = study.restructured(plan, "more for all rows")
+    (before,), (table,) = (layers_of(one, ("embedding",)) for one in (plan, found))
+    rank = (table.size.out + table.size.inner) / table.weights  # of the numbers, one for all rows
+    assert abs(table.groups[0].parameters / table.weights - 0.75) < rank
+    assert table.groups[0].rank > before.groups[0].rank
+    first, had = (max(one.groups[1:], key=lambda s: s.rank) for one in (table, before))
+    assert 0 < first.rank < had.rank
 
 
 @pytest.mark.parametrize("name", ["one-rank table", "1 x n table"])

@@ -38,6 +38,20 @@ def test_all_kinds_have_one_size(modules, bert, factor):
     assert 0 <= asked.parameters - sizes["paper"] < 0.03 * asked.parameters
 
 
+@pytest.mark.parametrize("kind", ["kronbert", "svd-fitted", "paper-fitted"])
+def test_a_fitted_kind_has_the_structure_of_the_plain_one(modules, bert, kind):
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 30, (16, 32), generator=random)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    build = modules.students.build
+    plain = build(kind.removesuffix("-fitted"), bert, 8.0, None, None)
+    fitted = build(kind, bert, 8.0, None, batches)
+    assert fitted.kronecker_plan.to_json() == plain.kronecker_plan.to_json()
+    table, *tables = (one.get_input_embeddings() for one in (bert, fitted, plain))
+    off, plain_off = ((one(ids) - table(ids)).square().mean() for one in tables)
+    assert off < plain_off  # a single product has little to choose
+
+
 def test_students_of_fewer_layers_have_the_same_size(modules, bert):
     most = bert.num_parameters() / 8
     for kind in ("kronbert", "svd", "paper", "random"):

@@ -53,7 +53,7 @@ def test_table_shows_means_and_what_is_missing(modules, results):
     assert svd[3] == "60.0 (1 seed), 75.0 %"
     assert svd[7:] == ["not measured"] * 3
     said = modules.tables.full_tasks(results)
-    assert said.count("Without a run yet at factor 8: single products") == 1
+    assert said.count("Without a run yet at factor 8: truncated SVD, fitted to data; single") == 1
     assert "student of general text" not in said
     assert said.endswith("; dense, two narrow layers.")
     assert "Machines: a chip; torch 2" in said
