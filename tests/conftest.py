@@ -161,6 +161,22 @@ TINY_PLAIN = ["the", "a", "soup", "room", "film", "was", "and", "it", "here", "t
 TINY_WORDS = [*TINY_GOOD, *TINY_BAD, *TINY_PLAIN]
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bert: Path) -> Any:
+    """`tiny_bert`'s."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_task: Path, tokenizer: Any) -> Any:
+    """`tiny_task`'s, tokenised."""
+    from kronbert.distill.data import load_folder, tokenize
+
+    return tokenize(load_folder(tiny_task), tokenizer)
+
+
 @pytest.fixture
 def nothing_kept() -> Iterator[None]:
     """The CPU engine's memory, empty before a test and after it."""

@@ -29,11 +29,6 @@ ONE = Task(name="ones", text=("text",), labels=("no", "yes"))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
-
-
-@pytest.fixture(scope="module")
 def table(tokenizer):
     """A circle on which good, fine, bright stand close, and bad, poor, dull opposite."""
     torch.manual_seed(0)

@@ -9,14 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     TrainerCallback,
     TrainerState,
 )
 
 from kronbert.distill import DistillArguments, DistillTrainer, Objective, Stage, Term
 from kronbert.distill.averaging import FILE, WeightAverage, decay_at
-from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.finetune import labels_only, last_checkpoint, run_stage
 from kronbert.distill.trainer import DistillTrainer as Trainer
 from kronbert.errors import DistillError
@@ -28,16 +26,6 @@ STEPS = 16
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_task, tokenizer):
-    return tokenize(load_folder(tiny_task), tokenizer)
 
 
 def model_of(folder):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import kronbert
 from kronbert.distill import Objective, Stage, Term, finetune, freed
-from kronbert.distill.data import TaskData, load_folder, tokenize
+from kronbert.distill.data import TaskData
 from kronbert.distill.finetune import (
     answers,
     commonest_class,
@@ -33,16 +33,6 @@ STAGE = Stage(name="teacher", objective=labels_only(), learning_rate=1e-3, epoch
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_task, tokenizer):
-    return tokenize(load_folder(tiny_task), tokenizer)
 
 
 def model_of(folder):

@@ -4,7 +4,6 @@ import datasets
 import pytest
 import torch
 from transformers import (
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
@@ -15,11 +14,6 @@ from kronbert.distill import DistillArguments, DistillTrainer
 from kronbert.distill.held_out import curve_of, held_out_batches, sample_rows
 from kronbert.distill.recipes.kroneckerbert import general_objective
 from kronbert.errors import DataError, DistillError
-
-
-@pytest.fixture
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import kronbert
 from kronbert import job as job_module
@@ -76,11 +76,6 @@ def teacher(tiny_bert):
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
     return model.eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
 
 
 def settings_for(tiny_bert, task, output, **changes):

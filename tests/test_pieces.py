@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+from transformers import DataCollatorForLanguageModeling
 
 from kronbert.distill import Objective, Stage, Term
 from kronbert.distill.data import load_folder, tokenize
@@ -14,11 +14,6 @@ from kronbert.distill.text import load_text, pack_text
 from kronbert.errors import DistillError
 
 FFN = Objective(terms=(Term(tap="ffn"),))
-
-
-@pytest.fixture
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
 
 
 @pytest.fixture

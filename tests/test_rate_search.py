@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from kronbert.distill import Objective, Stage, Term, rate_search, search_rates
-from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.finetune import CACHE, labels_only
 from kronbert.distill.rate_search import RateResult, RateSearch
 from kronbert.errors import DistillError
@@ -19,16 +18,6 @@ RATES = (3e-3, 1e-5)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_task, tokenizer):
-    return tokenize(load_folder(tiny_task), tokenizer)
 
 
 @pytest.fixture

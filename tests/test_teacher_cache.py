@@ -12,7 +12,6 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     DataCollatorWithPadding,
 )
 
@@ -22,7 +21,6 @@ from kronbert.distill import (
     Term,
     teacher_cache,
 )
-from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.digests import rows_digest
 from kronbert.distill.finetune import run_stage
 from kronbert.distill.teacher_cache import (
@@ -37,16 +35,6 @@ from kronbert.errors import DistillError
 from tests.small_teacher import SOFT, STAGE, a_teacher, model_of, with_teacher_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_task, tokenizer):
-    return tokenize(load_folder(tiny_task), tokenizer)
 
 
 @contextmanager

@@ -7,26 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from kronbert.distill import DistillArguments, DistillTrainer, Objective, Term
-from kronbert.distill.data import load_folder, tokenize
 from kronbert.distill.finetune import run_stage
 from kronbert.distill.teacher_cache import TEACHER_LOGITS, WithStates, with_teacher
 from kronbert.errors import DistillError
 from tests.small_teacher import STAGE, a_teacher, model_of, with_teacher_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_task, tokenizer):
-    return tokenize(load_folder(tiny_task), tokenizer)
 
 
 def test_two_runs_beside_one_another(tiny_bert, rows, tokenizer, tmp_path, calls):

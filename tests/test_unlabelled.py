@@ -5,7 +5,7 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from kronbert.distill import Objective, Stage, Term, unlabelled_rows, unlabelled_text
 from kronbert.distill import with_unlabelled as mixed
@@ -91,11 +91,6 @@ def test_what_is_refused(make, message):
 
 
 # Training
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert):
-    return AutoTokenizer.from_pretrained(tiny_bert)
 
 
 @pytest.fixture(scope="module")
