@@ -1,5 +1,5 @@
-"""Writes the tables of README.md and docs/accuracy.md, and docs/retention.png, from the JSON files
-in examples/results.
+"""Writes the tables of README.md, docs/accuracy.md and docs/recipe.md, and docs/retention.png, from
+the JSON files in examples/results.
 
 --check only compares the tables.
 
@@ -106,7 +106,7 @@ TABLES = {
     "stage1": lambda: stage1_tables.stage1(RESULTS / "stage1.json"),
 }
 
-PAGES = ("README.md", "docs/accuracy.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/recipe.md")
 
 
 def main() -> None:
