@@ -16,13 +16,16 @@ DRAWS = 10
 """Times as many pairs of rows are drawn as rows are wanted, at most: few rows make few others."""
 
 
-def splice(data: TaskData, *, count: int, seed: int = 0) -> datasets.Dataset:
+def splice(data: TaskData, *, count: int, seed: int = 0, reword: float = 0.0) -> datasets.Dataset:
     """At most ``count`` rows for `with_unlabelled`, none twice and none of ``data.train``'s.
 
     Two rows are drawn, and a share in [0, 1): every text of the new row has that share of the
     first one's words (one at least), then what follows the same share of the second one's (one at
     least). The texts of a pair are cut alike, so that they stay about as like each other. Words
     are what stands between blanks: of a language without blanks two whole texts are joined.
+
+    reword: the probability with which a word of a new row becomes another word of the training
+    rows, any of them, the same one wherever it stands in the row: what was alike stays alike.
 
     A teacher knows its training rows by heart, and a student that learns from these, or from
     copies with a few words changed, learns them as well. It answers other rows as the teacher does
@@ -35,10 +38,14 @@ def splice(data: TaskData, *, count: int, seed: int = 0) -> datasets.Dataset:
             f"splice: no column {', '.join(sorted(missing))}: the rows are tokenised. Splice "
             "before tokenize."
         )
+    if not 0 <= reword < 1:
+        raise DataError(f"splice(reword={reword}): expected a probability below 1.")
     if len(data.train) < 2:
         raise DataError(f"splice: {len(data.train)} training rows, expected 2 or more.")
     texts = data.train.select_columns(list(columns))
     draw = random.Random(seed)
+    known = {word for name in columns for text in texts[name] for word in text.split()}
+    words = sorted(known)
 
     def drawn() -> Iterator[tuple[str, ...]]:
         for _ in range(0, DRAWS * count, ROWS_AT_ONCE):
@@ -47,7 +54,8 @@ def splice(data: TaskData, *, count: int, seed: int = 0) -> datasets.Dataset:
             rows = list(zip(*(batch[name] for name in columns), strict=True))
             for first, second in zip(rows[::2], rows[1::2], strict=True):
                 share = draw.random()
-                yield tuple(map(_spliced, first, second, [share] * len(columns)))
+                made = tuple(map(_spliced, first, second, [share] * len(columns)))
+                yield _reworded(made, words, reword, draw) if reword else made
 
     seen = set(zip(*(texts[name] for name in columns), strict=True))
 
@@ -72,3 +80,13 @@ def _spliced(first: str, second: str, share: float) -> str:
     kept = max(1, round(share * len(start)))
     left_out = min(round(share * len(end)), len(end) - 1)
     return " ".join([*start[:kept], *end[left_out:]])
+
+
+def _reworded(
+    row: tuple[str, ...], words: list[str], share: float, draw: random.Random
+) -> tuple[str, ...]:
+    others: dict[str, str] = {}
+    for word in (word for text in row for word in text.split()):
+        if word not in others:
+            others[word] = draw.choice(words) if draw.random() < share else word
+    return tuple(" ".join(others[word] for word in text.split()) for text in row)

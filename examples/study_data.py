@@ -46,6 +46,7 @@ class Rows:
         self,
         task: str,
         spliced: int | None,
+        reword: float,
         copies: int,
         sentences: int,
         transfer: tuple[tuple[str, int], ...],
@@ -59,7 +60,7 @@ class Rows:
             table = open_model(self.options.model).get_input_embeddings().weight.detach()
             more.append(augment(data, self.tokenizer, table, copies=copies))
         if spliced:
-            more.append(splice(data, count=spliced))
+            more.append(splice(data, count=spliced, reword=reword))
         if sentences:
             more.append(unlabelled_text(data.task, self._source(), limit=sentences))
         for name, limit in transfer:
@@ -77,9 +78,9 @@ class Rows:
     def tokens(self, task: str, training: Any = None) -> TaskData:
         """The task's rows, with those without a label that the training wants."""
         if training is None:
-            return self._tokens(task, 0, 0, 0, ())
+            return self._tokens(task, 0, 0.0, 0, 0, ())
         transfer = tuple(training.transfer.items())
-        own = (training.splice, training.augment)
+        own = (training.splice, training.reword, training.augment)
         return self._tokens(task, *own, training.text_rows, transfer)
 
     def of_teacher(self, task: str) -> TaskData:

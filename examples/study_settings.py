@@ -135,10 +135,10 @@ class Training:
     are searched for, each for a ``share`` of its epochs (one rate: taken; none: the stage's own).
     init: of the kind kronbert, one of `INITS`; it and the other kinds of `FITTED` are fitted to
     ``calibration_rows`` training rows and ``calibration_text`` sentences of --text. splice: rows
-    made of two, None: as many as the recipe wants; augment: copies per row with words replaced;
-    text_rows: sentences of --text; transfer: other tasks and how many of their training rows; all
-    without labels, for stages that read none. start: a task whose student of the same kind, factor,
-    seed and tag it goes on from.
+    made of two, None: as many as the recipe wants; reword: share of their words that become others;
+    augment: copies per row with words replaced; text_rows: sentences of --text; transfer: other
+    tasks and how many of their training rows; all without labels, for stages that read none.
+    start: a task whose student of the same kind, factor, seed and tag it goes on from.
     structure: of the kind kronbert, a key of `study_structures.STRUCTURES`. layers: how many the
     students have, as `kronbert.fewer_layers` takes it; None: the teacher's. after: a tag; this run
     has only the last stage of its own and goes on from where that tag's run of the same task, kind,
@@ -152,6 +152,7 @@ class Training:
     calibration_rows: int = FIT
     calibration_text: int = 0
     splice: int | None = None
+    reword: float = 0.0
     augment: int = 0
     text_rows: int = 0
     transfer: Mapping[str, int] = field(default_factory=dict)

@@ -1,5 +1,7 @@
 """Rows spliced from two: what is in them, how many, and what is refused."""
 
+from itertools import pairwise
+
 import datasets
 import pytest
 
@@ -65,6 +67,24 @@ def test_one_seed_one_set_of_rows():
     assert splice(given, count=30, seed=3)["text"] == first
     assert splice(given, count=10, seed=3)["text"] == first[:10]
     assert splice(given, count=30, seed=4)["text"] != first
+
+
+def test_words_become_others_alike_in_both_texts():
+    rows = [(numbered(i, 20), numbered(i, 20)) for i in range(30)]
+    given = data_of(PAIR, rows)
+    known = {word for first, _ in rows for word in first.split()}
+    plain, made = (splice(given, count=200, seed=3, reword=share) for share in (0, 0.25))
+    assert made["first"] == made["second"]
+    stay = []
+    for text in made["first"]:
+        assert set(text.split()) <= known
+        words = parts(text)
+        stay += [b == (a[0], a[1] + 1) for a, b in pairwise(words)]
+    # A word follows its own neighbour where both stay, but for one place a row: 0.75 squared.
+    assert 0.45 < sum(stay) / len(stay) < 0.6
+    assert splice(given, count=200, seed=3)["first"] == plain["first"]
+    with pytest.raises(DataError, match=r"reword=1\): expected a probability below 1"):
+        splice(given, count=1, reword=1)
 
 
 def test_few_rows_make_few_others():
