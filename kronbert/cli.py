@@ -146,6 +146,9 @@ def compress(
     splice: Annotated[
         int | None, typer.Option(help="rows made of two training rows; default: the recipe's")
     ] = None,
+    reword: Annotated[
+        float, typer.Option(help="share of their words that become others: 0.15 helps pairs at 19")
+    ] = 0.0,
     augment: Annotated[int, typer.Option(help="copies of every row with words replaced")] = 0,
     unlabelled: Annotated[
         str | None, typer.Option(help="more text of the task's kind, without labels")
@@ -184,6 +187,7 @@ def compress(
         stage1_epochs=stage1_epochs,
         stage1_learning_rate=stage1_learning_rate,
         splice=splice,
+        reword=reword,
         augment=augment,
         unlabelled=unlabelled,
         epochs=epochs,

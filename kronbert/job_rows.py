@@ -119,11 +119,16 @@ def check_more_rows(
     drawn = data.train.shuffle(seed=0).select(range(min(SAMPLE, len(data.train))))
     head = replace(data, train=drawn)
     spliced = min(_splices(data, settings, tokens_wanted, tokenizer), 1)
-    once = replace(settings, splice=0, augment=min(settings.augment, 1))
+    if settings.reword and not spliced:
+        raise DataError(
+            f"compress(reword={settings.reword}): {settings.task} has rows enough, so there are no "
+            "splices, whose words it changes. Leave it out, or say how many with --splice."
+        )
+    once = replace(settings, splice=0, reword=0.0, augment=min(settings.augment, 1))
     more_rows(head, once, 0, tokenizer, table, text_rows=1)
     try:
-        more_rows(head, replace(once, splice=spliced, augment=0, unlabelled=None), 0, tokenizer,
-                  table)  # fmt: skip
+        alone = replace(once, splice=spliced, augment=0, unlabelled=None)
+        more_rows(head, alone, 0, tokenizer, table)
     except DataError as error:
         raise DataError(f"{error} Or leave the rows as they are: --splice 0.") from error
 
@@ -148,7 +153,7 @@ def more_rows(
 
     extra = []
     if spliced := _splices(data, settings, tokens_wanted, tokenizer):
-        extra.append(splice(data, count=spliced, seed=settings.seed))
+        extra.append(splice(data, count=spliced, seed=settings.seed, reword=settings.reword))
     if settings.augment:
         extra.append(augment(data, tokenizer, table, copies=settings.augment, seed=settings.seed))
     if settings.unlabelled is not None:

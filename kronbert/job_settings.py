@@ -26,7 +26,8 @@ class CompressSettings:
     student: what stage 2 starts from, see `job_start.find_start`; stage1_text= is instead of it.
     None: the nearer of a shipped one and of the teacher's own layers, fitted to its rows.
     Rows without labels that stage 2 reads beside the training rows: splice: rows made of two
-    training rows, None: as many as the recipe wants; augment: copies of every training row with
+    training rows, None: as many as the recipe wants; reword: the share of their words that become
+    others, see `kronbert.distill.splice`; augment: copies of every training row with
     words replaced; unlabelled: text of the task's kind, as `kronbert.distill.unlabelled_text` takes
     it. cache_teacher: the teacher reads stage 2's rows once, for all passes; what it gives lies
     below ``output`` meanwhile, see `kronbert.distill.Stage`."""
@@ -51,6 +52,7 @@ class CompressSettings:
     max_length: int | None = None
     student: str | None = None
     splice: int | None = None
+    reword: float = 0.0
     augment: int = 0
     unlabelled: str | None = None
     cache_teacher: bool = False
@@ -77,10 +79,16 @@ class CompressSettings:
         for key in ("splice", "augment"):
             if (getattr(self, key) or 0) < 0:
                 raise PlanError(f"compress({key}={getattr(self, key)}): expected 0 or more.")
-        if self.preset is not None and (self.splice or self.augment or self.unlabelled):
+        if not 0 <= self.reword < 1:
+            raise PlanError(f"compress(reword={self.reword}): expected 0 or more, below 1.")
+        if self.reword and self.splice == 0:
+            raise PlanError("compress: reword= without splices, whose words it changes: splice=0.")
+        more = (self.splice, self.reword, self.augment, self.unlabelled)
+        if self.preset is not None and any(more):
             raise PlanError(
-                "compress: splice=, augment= and unlabelled= give rows without labels, from which "
-                "KroneckerBERT's recipe, that of preset=, cannot learn. Give factor= instead."
+                "compress: splice=, reword=, augment= and unlabelled= give rows without labels, "
+                "from which KroneckerBERT's recipe, that of preset=, cannot learn. Give factor= "
+                "instead."
             )
         if not 0 <= self.seed < 2**32:
             raise PlanError(f"compress(seed={self.seed}): expected 0 to 4294967295.")

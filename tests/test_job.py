@@ -361,6 +361,12 @@ def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
     assert more_rows(data, replace(settings, splice=0), 10**6, tokenizer, table) is data
     found = more_rows(data, replace(settings, splice=7, augment=2), 10**6, tokenizer, table)
     assert 7 + 256 < len(found.unlabelled) <= 7 + 2 * 256
+    plain, reworded = (
+        more_rows(data, replace(settings, splice=7, reword=share), 0, tokenizer, table).unlabelled
+        for share in (0.0, 0.5)
+    )
+    assert len(reworded) == len(plain) == 7
+    assert reworded[:] != plain[:]
     for asked in ({"splice": 7}, {"splice": 0, "augment": 1}):
         seeded = [replace(settings, **asked, seed=seed) for seed in (3, 3, 4)]
         one, same, other = (

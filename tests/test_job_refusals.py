@@ -23,6 +23,7 @@ from kronbert.errors import CheckpointError, DataError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
 from kronbert.job_folder import JobFolder
 from kronbert.job_models import classes_said, open_teacher
+from kronbert.job_rows import check_more_rows
 from kronbert.job_scores import scores_of
 from kronbert.pretrain import PretrainSettings
 from tests.job_runs import settings_for, task_of_classes
@@ -173,6 +174,18 @@ def test_rows_without_a_label_that_cannot_be(refuse, tiny_bert, tiny_task, tmp_p
     job_module._Job(settings, JobFolder(str(tmp_path / "sorted"), {}, print), None)
     match = "1 training rows, expected 2 or more.* --splice 0"
     refuse(DataError, match, limit=1, splice=None)
+
+
+def test_words_of_splices_that_are_not_there(refuse, tiny_bert, tiny_task, tokenizer, tmp_path):
+    refuse(PlanError, r"reword=1\.0", splice=None, reword=1.0)
+    refuse(PlanError, "without splices", splice=0, reword=0.1)
+    refuse(PlanError, r"reword=.* give rows without labels", factor=None, preset="k8",
+           splice=None, reword=0.1)  # fmt: skip
+    settings = settings_for(tiny_bert, tiny_task, tmp_path / "out", splice=None, reword=0.1)
+    data, table = load_folder(tiny_task), torch.zeros(len(tokenizer), 8)
+    check_more_rows(data, settings, 10**6, tokenizer, table)
+    with pytest.raises(DataError, match=r"has rows enough.* --splice"):
+        check_more_rows(data, settings, 0, tokenizer, table)
 
 
 def test_architecture_without_taps(refuse, tiny_bert, tmp_path):
