@@ -39,13 +39,12 @@ def splice(data: TaskData, *, count: int, seed: int = 0, reword: float = 0.0) ->
             "before tokenize."
         )
     if not 0 <= reword < 1:
-        raise DataError(f"splice(reword={reword}): expected a probability below 1.")
+        raise DataError(f"splice(reword={reword}): expected a probability, 0 or more, below 1.")
     if len(data.train) < 2:
         raise DataError(f"splice: {len(data.train)} training rows, expected 2 or more.")
     texts = data.train.select_columns(list(columns))
     draw = random.Random(seed)
-    known = {word for name in columns for text in texts[name] for word in text.split()}
-    words = sorted(known)
+    words = _words(texts, columns) if reword else []
 
     def drawn() -> Iterator[tuple[str, ...]]:
         for _ in range(0, DRAWS * count, ROWS_AT_ONCE):
@@ -80,6 +79,10 @@ def _spliced(first: str, second: str, share: float) -> str:
     kept = max(1, round(share * len(start)))
     left_out = min(round(share * len(end)), len(end) - 1)
     return " ".join([*start[:kept], *end[left_out:]])
+
+
+def _words(texts: datasets.Dataset, columns: tuple[str, ...]) -> list[str]:
+    return sorted({word for name in columns for text in texts[name] for word in text.split()})
 
 
 def _reworded(

@@ -56,6 +56,8 @@ class Rows:
         if spliced is None:
             wanted = tokens_wanted(task, tokens_in(data, self.tokenizer))
             spliced = splices_for(data, self.tokenizer, wanted)
+        if reword and not spliced:
+            raise DataError(f"reword={reword}: {task} has rows enough, so no splices: give splice.")
         if copies:
             table = open_model(self.options.model).get_input_embeddings().weight.detach()
             more.append(augment(data, self.tokenizer, table, copies=copies))

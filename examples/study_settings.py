@@ -178,6 +178,8 @@ class Training:
                 "augment, splice, text_rows, transfer: rows without labels, but every stage learns "
                 "from labels. Drop the term 'labels' from one."
             )
+        if self.reword and self.splice == 0:
+            raise DistillError(f"reword={self.reword}: without splices, whose words it changes.")
         if self.layers is not None and self.start is not None:
             raise DistillError("layers: a student that goes on from another has its depth.")
         names = [stage.name for stage in stages]

@@ -147,8 +147,9 @@ def compress(
         int | None, typer.Option(help="rows made of two training rows; default: the recipe's")
     ] = None,
     reword: Annotated[
-        float, typer.Option(help="share of their words that become others: 0.15 helps pairs at 19")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="share of their words that become others: 0.15 helps pairs at 19"),
+    ] = None,
     augment: Annotated[int, typer.Option(help="copies of every row with words replaced")] = 0,
     unlabelled: Annotated[
         str | None, typer.Option(help="more text of the task's kind, without labels")

@@ -124,7 +124,7 @@ def check_more_rows(
             f"compress(reword={settings.reword}): {settings.task} has rows enough, so there are no "
             "splices, whose words it changes. Leave it out, or say how many with --splice."
         )
-    once = replace(settings, splice=0, reword=0.0, augment=min(settings.augment, 1))
+    once = replace(settings, splice=0, reword=None, augment=min(settings.augment, 1))
     more_rows(head, once, 0, tokenizer, table, text_rows=1)
     try:
         alone = replace(once, splice=spliced, augment=0, unlabelled=None)
@@ -153,7 +153,8 @@ def more_rows(
 
     extra = []
     if spliced := _splices(data, settings, tokens_wanted, tokenizer):
-        extra.append(splice(data, count=spliced, seed=settings.seed, reword=settings.reword))
+        share = settings.reword or 0.0
+        extra.append(splice(data, count=spliced, seed=settings.seed, reword=share))
     if settings.augment:
         extra.append(augment(data, tokenizer, table, copies=settings.augment, seed=settings.seed))
     if settings.unlabelled is not None:

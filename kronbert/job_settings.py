@@ -27,7 +27,7 @@ class CompressSettings:
     None: the nearer of a shipped one and of the teacher's own layers, fitted to its rows.
     Rows without labels that stage 2 reads beside the training rows: splice: rows made of two
     training rows, None: as many as the recipe wants; reword: the share of their words that become
-    others, see `kronbert.distill.splice`; augment: copies of every training row with
+    others, None: none, see `kronbert.distill.splice`; augment: copies of every training row with
     words replaced; unlabelled: text of the task's kind, as `kronbert.distill.unlabelled_text` takes
     it. cache_teacher: the teacher reads stage 2's rows once, for all passes; what it gives lies
     below ``output`` meanwhile, see `kronbert.distill.Stage`."""
@@ -52,7 +52,7 @@ class CompressSettings:
     max_length: int | None = None
     student: str | None = None
     splice: int | None = None
-    reword: float = 0.0
+    reword: float | None = None
     augment: int = 0
     unlabelled: str | None = None
     cache_teacher: bool = False
@@ -79,7 +79,7 @@ class CompressSettings:
         for key in ("splice", "augment"):
             if (getattr(self, key) or 0) < 0:
                 raise PlanError(f"compress({key}={getattr(self, key)}): expected 0 or more.")
-        if not 0 <= self.reword < 1:
+        if not 0 <= (self.reword or 0) < 1:
             raise PlanError(f"compress(reword={self.reword}): expected 0 or more, below 1.")
         if self.reword and self.splice == 0:
             raise PlanError("compress: reword= without splices, whose words it changes: splice=0.")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,15 @@ def test_rows_without_a_label_that_cannot_be(refuse, tiny_bert, tiny_task, tmp_p
     job_module._Job(settings, JobFolder(str(tmp_path / "sorted"), {}, print), None)
     match = "1 training rows, expected 2 or more.* --splice 0"
     refuse(DataError, match, limit=1, splice=None)
+
+
+def test_a_job_from_before_words_became_others_goes_on(tiny_bert, tiny_task, tmp_path):
+    settings = asdict(settings_for(tiny_bert, tiny_task, tmp_path / "out"))
+    before = {key: value for key, value in settings.items() if key != "reword"}
+    JobFolder(tmp_path / "out", before, print).begin("rows", "digest")
+    JobFolder(tmp_path / "out", settings, print)
+    with pytest.raises(CheckpointError, match=r"reword None -> 0\.1"):
+        JobFolder(tmp_path / "out", {**settings, "reword": 0.1}, print)
 
 
 def test_words_of_splices_that_are_not_there(refuse, tiny_bert, tiny_task, tokenizer, tmp_path):

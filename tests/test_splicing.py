@@ -83,7 +83,7 @@ def test_words_become_others_alike_in_both_texts():
     # A word follows its own neighbour where both stay, but for one place a row: 0.75 squared.
     assert 0.45 < sum(stay) / len(stay) < 0.6
     assert splice(given, count=200, seed=3)["first"] == plain["first"]
-    with pytest.raises(DataError, match=r"reword=1\): expected a probability below 1"):
+    with pytest.raises(DataError, match=r"reword=1\): expected a probability, 0 or more, below 1"):
         splice(given, count=1, reword=1)
 
 

@@ -267,3 +267,14 @@ def test_tags_keep_variants_apart(modules):
     run = modules.runs.Run(task="sst2", kind="svd", factor=8.0, seed=1)
     assert run.folder(Path("o")) == Path("o/sst2/main/svd-8-seed1")
     assert replace(run, tag="ema").folder(Path("o")) == Path("o/sst2/ema/svd-8-seed1")
+
+
+def test_words_of_splices_that_are_not_there(modules, options):
+    with pytest.raises(DistillError, match=r"reword=0\.1: without splices"):
+        modules.settings.training_of("mrpc", {"reword": 0.1, "splice": 0})
+    training = modules.settings.training_of("sst2", {"reword": 0.1}, tokens=10**6)
+    study = modules.runs.Study(options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules.data, "tokens_in", lambda *_: 10**6)
+        with pytest.raises(DataError, match="has rows enough, so no splices"):
+            study.rows.tokens("sst2", training)
