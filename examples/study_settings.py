@@ -78,7 +78,7 @@ BESIDE = {
     **dict.fromkeys(("ema", "labels-half", "answers-alone", "last-layer"), ONE_TEACHER),
     **dict.fromkeys(("novels", "more-rows", "four-layers", "three-layers"), ONE_TEACHER),
     **dict.fromkeys(("adamw", "late", "more-for-all", "reword"), ONE_TEACHER),
-    "table-quarter-rate": ONE_TEACHER,
+    **dict.fromkeys(("table-quarter-rate", "table-tenth-rate", "more-for-all-reword"), ONE_TEACHER),
 }
 """Variant -> the tag of the runs that it is held against, where a task has runs of it: else, and
 for other variants, `MAIN`."""
