@@ -16,7 +16,7 @@ SAMPLE = 64
 MEASURED = 1024
 """Training rows whose tokens are counted."""
 
-MOST_SPLICES = 20
+MOST_SPLICES = 40
 """Per training row, at most."""
 
 
