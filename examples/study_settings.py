@@ -59,6 +59,11 @@ FROM_SIGNS = "from-signs"
 (`row_ranks.FIRST_WORD`): until then half of the first one's rows were characters of other scripts,
 and signs had no block of their own."""
 
+READ_TWICE = "read-twice"
+"""The tag of main runs on small training sets that were made anew once the recipe had twice the
+splices in one pass (`kronbert.distill.recipes.kronbert.TOKENS_WANTED`): until then it had half as
+many in two."""
+
 AS_LARGE = "as-large"
 """The tag of MNLI's run at 19x that had the passes of a large training set for 12,988 rows, as
 tasks of that name had until their tokens were counted."""
@@ -81,7 +86,7 @@ BESIDE = {
     **dict.fromkeys(("table-quarter-rate", "table-tenth-rate", "more-for-all-reword"), ONE_TEACHER),
 }
 """Variant -> the tag of the runs that it is held against, where a task has runs of it: else, and
-for other variants, `MAIN`."""
+for other variants, `READ_TWICE`, as all were made when that was the recipe, else `MAIN`."""
 
 TEACHER: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 3, "batch_size": 32, "seed": 42}
 """The fine-tuning of a teacher: fields of `Stage`, and start: a task whose teacher's encoder it

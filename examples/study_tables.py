@@ -164,15 +164,21 @@ def ablations(results: Results) -> str:
 
 def _place(tag: str, own: Sequence[str]) -> tuple[str, bool, str]:
     """Sorts variants of the main runs first, then those of others among ``own``, below these."""
-    base = tag if tag in settings.BESIDE.values() else settings.BESIDE.get(tag, "")
-    base = base if base in own else ""
+    heads = {*settings.BESIDE.values(), settings.READ_TWICE}
+    named = (tag,) if tag in heads else _named(tag)
+    base = next((one for one in named if one in own), "")
     return base, tag != base, tag
+
+
+def _named(tag: str) -> tuple[str, ...]:
+    """The tags of the runs that a variant is held against, the first of which it has runs."""
+    return (settings.BESIDE.get(tag, settings.READ_TWICE), settings.READ_TWICE)
 
 
 def _base(results: Results, kind: str, factor: float, task: str, tag: str) -> str:
     """The tag of the runs that a variant is held against."""
-    named = settings.BESIDE.get(tag, settings.MAIN)
-    return named if results.of(kind, factor, task, named) else settings.MAIN
+    found = (one for one in _named(tag) if one != tag and results.of(kind, factor, task, one))
+    return next(found, settings.MAIN)
 
 
 def _beside(

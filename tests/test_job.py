@@ -24,7 +24,7 @@ from kronbert.distill.retention import retention_error
 from kronbert.distill.unlabelled import unlabelled_rows, with_unlabelled
 from kronbert.errors import CheckpointError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
-from kronbert.job_rows import more_rows
+from kronbert.job_rows import MOST_SPLICES, more_rows
 from tests.job_runs import assert_equal, settings_for, task_of_classes, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "hurried_report")
@@ -80,7 +80,7 @@ def test_report_and_pictures_are_there(finished):
     kept = f"keeps {100 * content['retention']:.1f} % of the accuracy on validation"
     assert re.search(rf"is 3\.8 times smaller .* (faster|slower) at batch 1; it {kept}", text)
     assert "teacher: 3 epochs at 0.003, batch 16, up to 64 tokens; interm" in text
-    assert "intermediate: 2.7 epochs at 0.003, batch 16, up to 64 tokens; task: 1.3 ep" in text
+    assert "intermediate: 2.67 epochs at 0.003, batch 16, up to 64 tokens; task: 1.33 ep" in text
     assert "tiny/tiny-bert" not in text  # where it lies is nobody's business
     assert "tiny-bert on moods" in text
     for name in ("learning_curve", "size_speed_score", "error_per_layer"):
@@ -355,7 +355,7 @@ def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
         parts = (tokens.train, tokens.unlabelled or ())
         held = sum(len(row["input_ids"]) for part in parts for row in part)
         assert 0.9 * max(wanted, own) < held < 1.1 * max(wanted, own)
-    assert len(more_rows(data, settings, 10**6, tokenizer, table).unlabelled) == 20 * 256
+    assert len(more_rows(data, settings, 10**6, tokenizer, table).unlabelled) == MOST_SPLICES * 256
     short = replace(settings, max_length=4)
     assert len(more_rows(data, short, 4 * 256 + 8, tokenizer, table).unlabelled) == 2
     assert more_rows(data, replace(settings, splice=0), 10**6, tokenizer, table) is data

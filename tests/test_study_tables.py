@@ -310,3 +310,23 @@ def test_picture_has_a_panel_per_task_and_a_line_per_measured_kind(
 
 def replace_runs(modules, results):
     return modules.results.Results({**results.content, "runs": []})
+
+
+def test_variants_stay_beside_the_runs_that_read_twice_where_these_are(modules, results):
+    tag = modules.settings.READ_TWICE
+    added = {tag: (0.71, 0.71), "more-rows": (0.74, 0.74), "ema": (0.75, None)}
+    runs = [row for row in results.runs if row["tag"] == "main"]
+    for variant, scores in added.items():
+        for task, score in zip(("mrpc", "sst2"), scores, strict=True):
+            if score is not None and not (variant == tag and task == "sst2"):
+                runs.append(result(task, "kronbert", 8.0, 2, score, variant, changes={}))
+    runs.append(result("mrpc", "kronbert", 8.0, 2, 0.7, "one-teacher", changes={}))
+    told = modules.results.Results({**results.content, "runs": runs})
+    _, _, *rows = rows_of(modules.tables.ablations(told))
+    assert [row[2:3] + row[4:6] for row in rows] == [
+        ["main", "72.0 ± 1.0", "72.0 ± 1.0"],
+        ["one-teacher", "not measured", "70.0 (1 seed) (-1.0)"],
+        ["ema", "not measured", "75.0 (1 seed) (+5.0)"],
+        ["more-rows", "74.0 (1 seed) (+2.0)", "74.0 (1 seed) (+4.0)"],
+        [tag, "not measured", "71.0 (1 seed) (-1.0)"],
+    ]
