@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,28 @@ class States:
 
     layers: which states a token has, in this order; 0 is the embedding's output."""
 
-    values: np.ndarray
+    values: np.memmap
     starts: np.ndarray
     layers: tuple[int, ...]
 
     def of(self, rows: Sequence[int]) -> Tensor:
-        """(their tokens in a line, states, width), in float16."""
-        parts = [self.values[self.starts[i] : self.starts[i + 1]] for i in rows]
-        return torch.from_numpy(np.concatenate(parts))
+        """(their tokens in a line, states, width), in float16.
+
+        Read from the file, not from the mapping: a fault of a mapping reads ahead as far as the
+        disk is set to, 60 times what rows drawn at random take where that is 8 MB (measured)."""
+        bounds = [(int(self.starts[i]), int(self.starts[i + 1])) for i in rows]
+        tokens, place = sum(end - start for start, end in bounds), 0
+        found = np.empty((tokens, *self.values.shape[1:]), self.values.dtype)
+        each = self.values.strides[0]
+        with FileIO(str(self.values.filename)) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for start, end in bounds:
+                part = found[place : (place := place + end - start)]
+                file.seek(self.values.offset + start * each)
+                if file.readinto(part.data) < part.nbytes:
+                    raise DistillError(f"{file.name}: cut short. Remove it; it is made anew.")
+        return torch.from_numpy(found)
 
 
 class WithStates:

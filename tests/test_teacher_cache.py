@@ -1,6 +1,7 @@
 """The teacher's outputs on disk: the same numbers, one computation, no teacher in training."""
 
 import copy
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -212,6 +213,22 @@ def test_a_collator_puts_states_where_their_tokens_are(tiny_bert, rows, tokenize
     assert not found[0, lengths[short] :].any()
     plain = collate([{k: v for k, v in taught[0].items() if k != TEACHER_ROW}])
     assert TEACHER_STATES not in plain  # an evaluation's rows
+
+
+def test_states_are_read_in_any_order_and_whole(tiny_bert, rows, tokenizer, tmp_path):
+    _, states = with_teacher(
+        rows.train, a_teacher(tiny_bert), tmp_path, tokenizer=tokenizer, layers=(0, 1)
+    )
+    starts, last = states.starts, len(rows.train) - 1
+    for drawn in ([last, 0, 5, 5, 2], [7], []):
+        parts = [states.values[starts[i] : starts[i + 1]] for i in drawn]
+        expected = np.concatenate(parts or [states.values[:0]])
+        assert np.array_equal(states.of(drawn).numpy(), expected)
+    (path,) = tmp_path.glob("*-states.npy")
+    os.truncate(path, path.stat().st_size - 1)
+    assert len(states.of([0])) == starts[1]
+    with pytest.raises(DistillError, match=rf"{path.name}: cut short"):
+        states.of([0, last])
 
 
 def test_a_stage_on_hidden_states_learns_the_same(tiny_bert, rows, tokenizer, tmp_path, calls):
