@@ -37,6 +37,7 @@ from kronbert.distill.fidelity import fidelity
 from kronbert.distill.finetune import answers, evaluate, run_stage
 from kronbert.distill.recipes.kronbert import task_stages
 from kronbert.distill.teacher_cache import model_digest
+from kronbert.distill.unlabelled import training_rows
 from kronbert.job_begin import hidden_error, row_batches
 from kronbert.job_folder import write_whole
 from kronbert.job_models import open_model, open_tokenizer, quiet
@@ -58,7 +59,7 @@ def parser(study: str, names: Iterable[str]) -> argparse.ArgumentParser:
     chosen = list(names)
     add(f"--{study}s", dest="names", nargs="+", default=chosen, choices=chosen, metavar="NAME")
     add("--seeds", nargs="+", type=int, default=[42])
-    add("--tokens", type=int, default=250_000, help="of the rows, of which there are 1.25 passes")
+    add("--tokens", type=int, default=250_000, help="of the rows, of which there are 1.5 passes")
     add("--fit", type=int, default=512, help="training rows to which a student is fitted")
     add("--output", default=f"runs/{study}s", help="one folder per student")
     add("--results", default=f"examples/results/{study}s.json")
@@ -105,7 +106,7 @@ class Task:
         self.told = {
             **{"tokens": options.tokens, "fit": options.fit},
             "teacher": model_digest(self.teacher),
-            "rows": rows_digest(self.data.train),
+            "rows": rows_digest(training_rows(self.data, self.stages[-1])),
         }
         self.sets = {"dev": self.whole, "outside": rows.outside(self.whole.task)}
 
@@ -156,7 +157,7 @@ class Task:
         return kronbert.convert(self.teacher, plan=plan, init="data", calibration=fit), 1.0
 
     def learn(self, student: Any, folder: Path, cache: Path, seed: int, passes: float) -> None:
-        """The recipe cut short: ``passes`` for the hidden states, a quarter for the answers."""
+        """The recipe cut short: ``passes`` for the hidden states, half of one for the answers."""
         whole = self.stages[0].epochs
         for stage, part in zip(self.stages, (passes, 1.0), strict=True):
             epochs = part * stage.epochs / whole

@@ -122,7 +122,7 @@ def test_kronbert_has_no_score_term_and_no_softmax_of_one_number():
     assert kronbert(mlm=True).stage("general").objective.label_tap == "mlm"
     large, small = (kronbert(task=name).stage("intermediate") for name in ("SST-2", "mrpc"))
     assert (large.epochs, large.batch_size) == (1, 64)
-    assert (small.epochs, small.batch_size) == (2, 32)
+    assert (small.epochs, small.batch_size) == (1, 32)
 
 
 def test_recipes_survive_json():
