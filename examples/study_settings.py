@@ -84,9 +84,10 @@ BESIDE = {
     **dict.fromkeys(("novels", "more-rows", "four-layers", "three-layers"), ONE_TEACHER),
     **dict.fromkeys(("adamw", "late", "more-for-all", "reword"), ONE_TEACHER),
     **dict.fromkeys(("table-quarter-rate", "table-tenth-rate", "more-for-all-reword"), ONE_TEACHER),
+    "batch-64": MAIN,
 }
 """Variant -> the tag of the runs that it is held against, where a task has runs of it: else, and
-for other variants, `READ_TWICE`, as all were made when that was the recipe, else `MAIN`."""
+for other variants, `READ_TWICE`, as these were made when that was the recipe, else `MAIN`."""
 
 TEACHER: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 3, "batch_size": 32, "seed": 42}
 """The fine-tuning of a teacher: fields of `Stage`, and start: a task whose teacher's encoder it

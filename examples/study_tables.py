@@ -166,8 +166,8 @@ def _place(tag: str, own: Sequence[str]) -> tuple[str, bool, str]:
     """Sorts variants of the main runs first, then those of others among ``own``, below these."""
     heads = {*settings.BESIDE.values(), settings.READ_TWICE}
     named = (tag,) if tag in heads else _named(tag)
-    base = next((one for one in named if one in own), "")
-    return base, tag != base, tag
+    base = next((one for one in named if one in (settings.MAIN, *own)), settings.MAIN)
+    return "" if base == settings.MAIN else base, tag != base, tag
 
 
 def _named(tag: str) -> tuple[str, ...]:

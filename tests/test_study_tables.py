@@ -321,10 +321,12 @@ def test_variants_stay_beside_the_runs_that_read_twice_where_these_are(modules, 
             if score is not None and not (variant == tag and task == "sst2"):
                 runs.append(result(task, "kronbert", 8.0, 2, score, variant, changes={}))
     runs.append(result("mrpc", "kronbert", 8.0, 2, 0.7, "one-teacher", changes={}))
+    runs.append(result("mrpc", "kronbert", 8.0, 2, 0.73, "batch-64", changes={}))
     told = modules.results.Results({**results.content, "runs": runs})
     _, _, *rows = rows_of(modules.tables.ablations(told))
     assert [row[2:3] + row[4:6] for row in rows] == [
         ["main", "72.0 ± 1.0", "72.0 ± 1.0"],
+        ["batch-64", "not measured", "73.0 (1 seed) (+1.0)"],
         ["one-teacher", "not measured", "70.0 (1 seed) (-1.0)"],
         ["ema", "not measured", "75.0 (1 seed) (+5.0)"],
         ["more-rows", "74.0 (1 seed) (+2.0)", "74.0 (1 seed) (+4.0)"],
