@@ -24,7 +24,7 @@ from kronbert.distill.retention import retention_error
 from kronbert.distill.unlabelled import unlabelled_rows, with_unlabelled
 from kronbert.errors import CheckpointError, DistillError, PlanError
 from kronbert.job import CompressSettings, compress
-from kronbert.job_rows import MOST_SPLICES, more_rows
+from kronbert.job_rows import more_rows
 from tests.job_runs import assert_equal, settings_for, task_of_classes, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "hurried_report")
@@ -355,7 +355,7 @@ def test_the_recipe_fills_up_small_training_sets(tiny_bert, tiny_task):
         parts = (tokens.train, tokens.unlabelled or ())
         held = sum(len(row["input_ids"]) for part in parts for row in part)
         assert 0.9 * max(wanted, own) < held < 1.1 * max(wanted, own)
-    assert len(more_rows(data, settings, 10**6, tokenizer, table).unlabelled) == MOST_SPLICES * 256
+    assert len(more_rows(data, settings, 10**6, tokenizer, table).unlabelled) == 40 * 256
     short = replace(settings, max_length=4)
     assert len(more_rows(data, short, 4 * 256 + 8, tokenizer, table).unlabelled) == 2
     assert more_rows(data, replace(settings, splice=0), 10**6, tokenizer, table) is data
