@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cpu, functional, native
 from .cpu_blocks import HEAD, MASKS, TOKENS
 from .errors import KronbertError
+from .first_derivative import first_only
 from .forms import LOW_RANK
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ ROWS = 256
 """Rows of the hidden layer at a time. Rank 24, 384 -> 1,536 -> 384 on 1,696 rows, forward and
 backward on one thread of an AMD EPYC (Zen 3), beside other work: whole 60.9 ms, 64 rows 39.7, 128
 33.3, 256 31.7, 424 38.1."""
+
+
+_REFUSAL = (
+    "the fused layers have no second derivative: their kernels have a first one only. "
+    "Differentiate twice on a model after kronbert.unfuse(model)."
+)
 
 
 def ffn(x: Tensor, expand: Linear, contract: Linear) -> Tensor | None:
@@ -84,29 +90,35 @@ class _Middle(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _check_plain(dy)
-        z, up, bias, down = ctx.saved_tensors
-        dz, dup, ddown = (torch.zeros_like(tensor) for tensor in (z, up, down))
-        dbias = None if bias is None else torch.zeros_like(bias)
-        hidden, gradient = (z.new_empty(min(ROWS, len(z)), up.shape[1]) for _ in range(2))
-        own = _has_kernels(z, up)
-        for start in range(0, len(z), ROWS):
-            part = slice(start, start + ROWS)
-            wide = _hidden(z[part], up, bias, hidden)
-            dwide = torch.mm(dy[part], down, out=gradient[: len(wide)])
-            if own:
-                native.gelu_slope_(wide, dwide)
-            else:
-                slope = torch.ops.aten.gelu_backward(dwide, wide)
-                wide, dwide = F.gelu(wide), slope
-            ddown.addmm_(dy[part].T, wide)
-            dup.addmm_(z[part].T, dwide)
-            torch.mm(dwide, up.T, out=dz[part])
-            if dbias is not None:
-                dbias += dwide.sum(0)
-        return dz, dup, dbias, ddown
+        found = _middle_backward(dy, *ctx.saved_tensors)
+        return first_only(found, (dy, *ctx.saved_tensors), _REFUSAL)
+
+
+@torch.no_grad()
+def _middle_backward(
+    dy: Tensor, z: Tensor, up: Tensor, bias: Tensor | None, down: Tensor
+) -> tuple[Tensor | None, ...]:
+    dz, dup, ddown = (torch.zeros_like(tensor) for tensor in (z, up, down))
+    dbias = None if bias is None else torch.zeros_like(bias)
+    hidden, gradient = (z.new_empty(min(ROWS, len(z)), up.shape[1]) for _ in range(2))
+    own = _has_kernels(z, up)
+    for start in range(0, len(z), ROWS):
+        part = slice(start, start + ROWS)
+        wide = _hidden(z[part], up, bias, hidden)
+        dwide = torch.mm(dy[part], down, out=gradient[: len(wide)])
+        if own:
+            native.gelu_slope_(wide, dwide)
+        else:
+            slope = torch.ops.aten.gelu_backward(dwide, wide)
+            wide, dwide = F.gelu(wide), slope
+        ddown.addmm_(dy[part].T, wide)
+        dup.addmm_(z[part].T, dwide)
+        torch.mm(dwide, up.T, out=dz[part])
+        if dbias is not None:
+            dbias += dwide.sum(0)
+    return dz, dup, dbias, ddown
 
 
 def _check_plain(gradient: Tensor) -> None:
@@ -194,11 +206,11 @@ class _Attention(torch.autograd.Function):
         return native.attention(query, key, value, (None, None, None), mask, heads, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         _check_plain(slope)
         query, key, value, mask = ctx.saved_tensors
-        found = native.attention_backward(
-            query, key, value, mask, ctx.heads, ctx.scale, slope.contiguous()
-        )
-        return *found, None, None, None
+        with torch.no_grad():
+            found = native.attention_backward(
+                query, key, value, mask, ctx.heads, ctx.scale, slope.contiguous()
+            )
+        return *first_only(found, (slope, query, key, value), _REFUSAL), None, None, None

@@ -15,12 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional
-from .errors import KronbertError, ShapeError
+from .errors import ShapeError
+from .first_derivative import first_only
 
 Terms = Tensor | Sequence[Tensor]
 
 CHUNK_BYTES = 64 * 2**20
 """Of one float32 matrix of scores, chunk x vocabulary; about five of them live at a time."""
+
+_REFUSAL = (
+    "kronbert.losses: no second derivative: the gradients are computed beside the value. "
+    "Write the loss with functional.kron_logits or the scores themselves to have one."
+)
 
 
 def mlm_loss(
@@ -162,7 +168,7 @@ class _MaskedWords(torch.autograd.Function):
                 if total is not None
             ]
             grads.append(torch.stack(parts).sum(0).to(x.dtype) if parts else None)
-        found = iter(_once(grads, inputs))
+        found = iter(first_only(grads, inputs, _REFUSAL))
         return None, *(next(found) if there else None for there in ctx.present)
 
 
@@ -196,27 +202,3 @@ def _chunk(
         values[1] += log_t.sub_(log_s).mul_(p).sum() * temperature**2
         found.append(log_s.exp_().sub_(p).mul_(temperature))
     return found
-
-
-def _once(grads: list[Tensor | None], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """``grads``; differentiating them again raises."""
-    if not torch.is_grad_enabled():
-        return grads
-    there = [grad for grad in grads if grad is not None]
-    found = iter(_FirstDerivative.apply(len(there), *there, *inputs))
-    return [None if grad is None else next(found) for grad in grads]
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """The identity on the first tensors; the others are what they were derived by."""
-
-    @staticmethod
-    def forward(ctx: Any, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:number])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise KronbertError(
-            "kronbert.losses: no second derivative: the gradients are computed beside the value. "
-            "Write the loss with functional.kron_logits or the scores themselves to have one."
-        )

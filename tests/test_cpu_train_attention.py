@@ -177,7 +177,9 @@ def test_no_second_derivative():
     maps, x = [a_map(96) for _ in range(3)], torch.randn(2, 7, WIDTH, requires_grad=True)
     y = blocks.attention(x, *maps, 3, 0.2)
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(KronbertError, match=r"no second derivative.*kronbert.unfuse\(model\)"):
+        torch.autograd.grad(first.sum(), x, retain_graph=True)
+    with pytest.raises(KronbertError, match="no second derivative"):
         first.sum().backward()
 
 

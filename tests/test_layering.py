@@ -52,6 +52,7 @@ TABLE = {
         f"{SIZES} reference", outside="torch einops numpy", outside_lazily="scipy tensorly"
     ),
     "weighted_fit": Row(f"{SIZES} decompose reference", outside="torch einops"),
+    "first_derivative": Row("errors", outside="torch"),
     # The CPU engine. Its costs are arithmetic on a table: no torch of their own.
     "native": Row("errors", lazily="cpu_calibrate", outside="torch"),
     "form_matrices": Row(outside="torch"),
@@ -69,9 +70,11 @@ TABLE = {
     "cuda": Row("shapes", lazily="op_*", outside="torch"),
     "functional": Row(f"{SIZES} forms cpu cuda", outside="torch"),
     "cpu_blocks": Row("shapes native forms cpu functional", outside="torch"),
-    "cpu_train": Row("errors native forms cpu cpu_blocks functional", outside="torch"),
+    "cpu_train": Row(
+        "errors first_derivative native forms cpu cpu_blocks functional", outside="torch"
+    ),
     "blocks": Row("errors forms cpu cpu_blocks cpu_train cuda functional", outside="torch"),
-    "losses": Row("errors functional", outside="torch"),
+    "losses": Row("errors first_derivative functional", outside="torch"),
     "linear": Row(f"{ARITHMETIC} cpu", outside="torch", outside_lazily="transformers"),
     "embedding": Row(f"{ARITHMETIC} linear weighted_fit", outside="torch"),
     "head": Row(f"{ARITHMETIC} linear embedding", outside="torch", outside_lazily="transformers"),
@@ -105,8 +108,9 @@ TABLE = {
     ),
     "joined": Row("errors", outside_lazily="transformers"),
     "saved": Row("planning joined", lazily="hf", outside="torch transformers"),
+    "hooks": Row("errors", outside="torch", outside_lazily="transformers"),
     "conversion": Row(
-        f"{MODEL} calibration data_init prepared saved",
+        f"{MODEL} calibration data_init hooks prepared saved",
         lazily="hf",
         outside="torch transformers",
     ),
