@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,7 +112,7 @@ def convert(
     student = kronbert.convert(base, **wanted, rules=parse_rules(rule), keep=keep, plan=made)
     show_plan(student.kronecker_plan, dense)
     student.save_pretrained(output)
-    copy_tokenizer(model, output)
+    copy_preparation(model, output)
     copy_pooling(model, output)
     out.print(f"wrote {output}", soft_wrap=True)
 
@@ -342,14 +343,23 @@ def read_plan(file: Path) -> Any:
         ) from error
 
 
-def copy_tokenizer(model: str, output: Path) -> None:
-    """The tokenizer travels with the student, where the model has one."""
+def copy_preparation(model: str, output: Path) -> None:
+    """What makes a model's inputs travels with the student: tokenizer, or settings for images."""
+    from transformers.utils import cached_file
+
     from .job_models import open_tokenizer
 
     try:
+        settings = cached_file(model, "preprocessor_config.json")
+    except OSError:
+        settings = None
+    if settings is not None:
+        shutil.copy(settings, output)
+    try:
         open_tokenizer(model).save_pretrained(output)
     except DataError:
-        out.print(f"{model} has no tokenizer: none is copied.")
+        if settings is None:
+            out.print(f"{model} has no tokenizer: none is copied.")
 
 
 def main() -> None:

@@ -35,7 +35,16 @@ class Rule:
     factor: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))
+        one = isinstance(self.groups, KroneckerShape)
+        groups = (self.groups,) if one else self.groups
+        if not isinstance(groups, list | tuple) or not all(
+            isinstance(group, KroneckerShape) for group in groups
+        ):
+            raise PlanError(
+                f"Rule(groups={groups!r}): expected KroneckerShapes. Text is read by "
+                "Rule.parse('384x48*2x16')."
+            )
+        object.__setattr__(self, "groups", tuple(groups))
         given = (self.dense, bool(self.groups), self.rank is not None, self.factor is not None)
         if sum(given) != 1:
             raise PlanError(f"{self}: expected exactly one of dense, groups, rank and factor.")
@@ -152,6 +161,11 @@ class KroneckerConfig:
         if any(matches(pattern, name) for pattern in self.keep):
             return Rule(dense=True)
         return None
+
+    def keeps_alone(self, name: str, other: str) -> bool:
+        """Whether a keep pattern of the user's covers this name but not the other."""
+        own = [pattern for pattern in self.keep if pattern not in DEFAULT_KEEP]
+        return any(matches(one, name) and not matches(one, other) for one in own)
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise `NoMatchError` for a rule, or a keep pattern of the user's, that names nothing."""

@@ -19,11 +19,12 @@ from .embedding import KroneckerEmbedding
 from .errors import PlanError, ShapeError, expect_model
 from .fusion import unfuse
 from .head import KroneckerLMHead
+from .hooks import check_hooks, renew_input_hooks
 from .inventory import inventory, swap
 from .linear import KroneckerLinear
 from .planning import Inventory, Plan, PlannedLayer, check_rows, make_plan
 from .prepared import own_forward, unprepare
-from .saved import own_configs, plans_of_parts, saved_parts
+from .saved import own_configs, plans_of_parts, saved_parts, warn_of_lenient_loading
 from .shapes import check_groups
 
 KRONECKER_MODULES = (KroneckerLinear, KroneckerEmbedding, KroneckerLMHead)
@@ -115,6 +116,7 @@ def convert(
             model_type=sizes.model_type,
         )
     _check_weights(model, plan)
+    warn_of_lenient_loading(model)
     modules = dict(model.named_modules())
     memo: dict[int, Any] = {}
     errors: dict[str, float] = {}
@@ -146,6 +148,7 @@ def convert(
         memo.update({id(modules[name]): module for name, module in new.items()})
         student = copy.deepcopy(model, memo)
     unprepare(student)
+    renew_input_hooks(student)
     student.kronecker_plan = plan  # type: ignore[assignment]
     if fitted is not None:
         student.data_fit = fitted  # type: ignore[assignment]
@@ -168,7 +171,7 @@ def merge(model: nn.Module) -> nn.Module:
     if not found:
         raise PlanError("merge: the model holds no Kronecker layer. Give the converted student.")
     for name, module in found.items():
-        _check_hooks(name, module)
+        check_hooks(name, module)
     memo: dict[int, Any] = {}
     new: dict[str, nn.Module] = {}
     tables: dict[int, nn.Embedding] = {}
@@ -193,6 +196,7 @@ def merge(model: nn.Module) -> nn.Module:
     memo.update({id(found[name]): module for name, module in new.items()})
     dense = unfuse(copy.deepcopy(model, memo))
     unprepare(dense)
+    renew_input_hooks(dense)
     for name in ("kronecker_plan", "data_fit"):
         dense.__dict__.pop(name, None)
     for part in saved_parts(dense).values():
@@ -345,18 +349,9 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"{name!r}: its weight is a {type(weight.data).__name__} of {weight.dtype}, "
             "sharded or quantised. Convert before sharding or quantising the model."
         )
-    _check_hooks(name, module)
+    check_hooks(name, module)
     if not torch.isfinite(weight).all():
         raise PlanError(
             f"{name!r}: its weight holds NaN or infinity. Use an intact checkpoint, or keep "
             "the layer dense (keep=[its name])."
-        )
-
-
-def _check_hooks(name: str, module: nn.Module) -> None:
-    hooks = [key for key, value in vars(module).items() if key.endswith("_hooks") and value]
-    if hooks or "forward" in vars(module):
-        raise PlanError(
-            f"{name!r} carries hooks ({hooks[0] if hooks else 'its forward is replaced'}), which a "
-            "new module would lose. Remove them, or keep the layer as it is."
         )

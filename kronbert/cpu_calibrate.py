@@ -174,4 +174,5 @@ def _time_us(call: Callable[[], object]) -> float:
 
 
 def _random(dtype: torch.dtype, *size: int) -> torch.Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(size, generator=random, device="cpu").to(dtype)

@@ -218,7 +218,7 @@ class _Fit:
 
     def _count(self, module: KroneckerEmbedding, ids: Sequence[Tensor]) -> Tensor:
         """How often each row occurs where the mask lets it count."""
-        total = torch.zeros(module.num_embeddings, dtype=torch.float64)
+        total = torch.zeros(module.num_embeddings, dtype=torch.float64, device="cpu")
         for one, mask in zip(ids, self._masks, strict=True):
             if mask is not None and one.shape[-1:] == mask.shape[-1:]:
                 one = one.expand(mask.shape)  # positions come as one row for all sentences

@@ -88,7 +88,8 @@ def kron_embedding(
             y = _all_rows(flat, groups, starts)
     else:
         y = _all_rows(flat, groups, starts)
-    if padding_idx is not None and torch.is_grad_enabled():
+    # A trace holds for both modes, and jit.trace's check makes its second one without gradients.
+    if padding_idx is not None and (torch.is_grad_enabled() or torch.jit.is_tracing()):
         if padding_idx < 0:
             padding_idx += _entries(groups[0])
         y = torch.where((flat == padding_idx)[:, None], y.detach(), y)

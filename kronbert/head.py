@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .embedding import KroneckerEmbedding
+from .errors import KronbertError
 
 
 class KroneckerLMHead(nn.Module):
@@ -48,6 +49,12 @@ class KroneckerLMHead(nn.Module):
     def _logits(self, h: Tensor, table: KroneckerEmbedding) -> Tensor:
         a, b = table.matrices("a"), table.matrices("b")
         return functional.kron_logits(h, a, b, self.bias, starts=table.starts)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise KronbertError(
+            "nn.DataParallel: the replicas of a KroneckerLMHead would read the matrices of the "
+            "first device's table. Train by DistributedDataParallel (torchrun, accelerate launch)."
+        )
 
     def to_linear(self, table: nn.Embedding) -> nn.Linear:
         """The dense twin, tied to ``table``, the dense twin of its embedding."""

@@ -78,16 +78,16 @@ class KroneckerQuantizationConfig(QuantizationConfigMixin):
         return self.to_dict().get(key, default)
 
     @classmethod
-    def from_plan(
-        cls, plan: Plan, prefix: str, dense_parameters: int
+    def of_layers(
+        cls, rows: Mapping[str, PlannedLayer], dense_parameters: int
     ) -> KroneckerQuantizationConfig:
-        """prefix: of the layers in the part of the model that is saved; of all of it: ""."""
+        """rows: of a plan, by their names in the part of the model that is saved."""
+        own = {row.size.name: name for name, row in rows.items()}
         layers = {
-            layer.size.name.removeprefix(prefix): f"{TIED}{layer.size.tied_to.removeprefix(prefix)}"
-            if layer.size.tied_to
-            else " + ".join(shape.spec for shape in layer.groups)
-            for layer in plan.converted
-            if layer.size.name.startswith(prefix)
+            name: f"{TIED}{own.get(row.size.tied_to, row.size.tied_to)}"
+            if row.size.tied_to
+            else " + ".join(shape.spec for shape in row.groups)
+            for name, row in rows.items()
         }
         return cls(layers, dense_parameters)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -141,11 +142,14 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
 
 def _kind(name: str, module: nn.Module) -> Kind | None:
     """None for anything else, subclasses too: they may compute something else."""
-    if type(module) is nn.Linear:
+    plain = type(module)
+    if parametrize.is_parametrized(module):  # in a class of its own, beneath which is the module's
+        plain = plain.__bases__[0]
+    if plain is nn.Linear:
         return "linear"
-    if type(module) is Conv1D:
+    if plain is Conv1D:
         return "conv1d"
-    if type(module) is nn.Embedding:
+    if plain is nn.Embedding:
         words = re.split(r"[._]", name.lower())
         return "position" if PLACES.intersection(words) else "embedding"
     return None
@@ -191,6 +195,8 @@ def group_of(name: str, kind: Kind) -> Group:
 
 
 def _dense_reason(name: str, module: nn.Module, kind: Kind, model_type: str) -> str | None:
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised"
     if any(fnmatchcase(name, pattern) for pattern in READ_AS_WEIGHT):
         return "the model reads its weight directly"
     if any(fnmatchcase(name, pattern) for pattern in WRITTEN_TO.get(model_type, ())):

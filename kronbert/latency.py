@@ -165,7 +165,8 @@ def random_inputs(
                 f"sequence_length={longest} or less."
             )
         entries = min(config.vocab_size for config in configs)
-        ids = torch.randint(entries, (batch_size, sequence_length), generator=random)
+        drawn: dict[str, Any] = {"generator": random, "device": "cpu"}
+        ids = torch.randint(entries, (batch_size, sequence_length), **drawn)
         masked = "attention_mask" in inspect.signature(model.forward).parameters
         return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
     config = getattr(model, "config", None)
@@ -173,7 +174,8 @@ def random_inputs(
     if wanted == "pixel_values" and height is not None:
         size = tuple(height) if isinstance(height, list | tuple) else (height, height)
         channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(batch_size, channels, *size, generator=random)}
+        pixels = torch.randn(batch_size, channels, *size, generator=random, device="cpu")
+        return {"pixel_values": pixels}
     raise ReportError(
         f"the {name}, a {type(model).__name__}, takes {wanted or 'inputs of unknown names'}: only "
         "input_ids of a known vocabulary and pixel_values are made up here. Pass one example as "

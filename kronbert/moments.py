@@ -128,7 +128,8 @@ def pair_moments(inputs: Inputs, given: Sequence[Tensor], parts: Sequence[Tensor
 
 
 def _mean(parts: Sequence[Tensor], rows: int) -> Tensor:
-    return sum((part.sum(0, dtype=torch.float64).cpu() for part in parts), torch.zeros(())) / rows
+    nothing = torch.zeros((), device="cpu")
+    return sum((part.sum(0, dtype=torch.float64).cpu() for part in parts), nothing) / rows
 
 
 def _centred(part: Tensor, mean: Tensor) -> Tensor:

@@ -223,8 +223,6 @@ def make_plan(inventory: Inventory, config: KroneckerConfig) -> Plan:
         rule = config.rule(layer.name)
         if layer.name in config.rules:
             groups = ruled(layer, config.rules[layer.name])
-        elif layer.tied_to and layer.name in config.keep:
-            ruled(layer, Rule(dense=True))
         elif layer.dense_because or layer.tied_to:
             pass
         elif rule is not None:
@@ -249,6 +247,10 @@ def make_plan(inventory: Inventory, config: KroneckerConfig) -> Plan:
         config=config,
         model_type=inventory.model_type,
     )
+    for made in plan.converted:
+        table = made.size.tied_to
+        if table and config.keeps_alone(made.size.name, table):
+            ruled(made.size, Rule(dense=True))  # which refuses
     if not plan.converted:
         raise PlanError(
             "no layer would be converted: every Linear and Embedding is kept dense. "

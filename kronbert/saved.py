@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from torch import nn
@@ -29,18 +30,36 @@ def saved_parts(model: nn.Module) -> dict[str, Any]:
 
 
 def plans_of_parts(model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """Of each of `saved_parts`, by name: its layers of the plan, as its config.json holds them."""
+    """Of each of `saved_parts`, by name: its layers of the plan, as its config.json holds them.
+
+    By identity: of a module that two parts share, the plan has one of its names."""
     from .hf import KroneckerQuantizationConfig
 
-    names = [layer.size.name for layer in plan.converted]
+    rows = {layer.size.name: layer for layer in plan.converted}
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, Any] = {}
     for name, part in saved_parts(model).items():
-        prefix = f"{name}." if name else ""
-        refuse_joined(part, [n.removeprefix(prefix) for n in names if n.startswith(prefix)])
-    return {
-        name: KroneckerQuantizationConfig.from_plan(plan, prefix, part.num_parameters())
-        for name, part in saved_parts(model).items()
-        if any(one.startswith(prefix := f"{name}." if name else "") for one in names)
-    }
+        own = {
+            inside: rows[names[id(module)]]
+            for inside, module in part.named_modules()
+            if names[id(module)] in rows
+        }
+        if own:
+            refuse_joined(part, own)
+            found[name] = KroneckerQuantizationConfig.of_layers(own, part.num_parameters())
+    return found
+
+
+def warn_of_lenient_loading(model: nn.Module) -> None:
+    """huggingface_hub's mixin fills the layers of which it finds the names, and says nothing of
+    the others."""
+    if any(base.__name__ == "ModelHubMixin" for base in type(model).__mro__):
+        warnings.warn(
+            f"{type(model).__name__}.from_pretrained is huggingface_hub's, which would build the "
+            "dense layers and leave them random: it knows no student. Load one with strict=True to "
+            "be told; save kronbert.merge(student), or what transformers made inside of it.",
+            stacklevel=3,
+        )
 
 
 def own_configs(model: nn.Module) -> None:

@@ -63,12 +63,14 @@ def list_students() -> list[dict[str, Any]]:
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report.json of a student's folder; None where there is none."""
+    """The report.json of a student's folder; None where there is none, or `kronbert report`'s."""
     file = folder / "report.json"
     if not file.is_file():
         return None
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
+        if "environment" in report:
+            return None
         _ = report["student"]["factor"], report["teacher"]["sizes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -41,7 +41,7 @@ class Objective:
         Directions that the inputs do not reach then stay those of ``weight`` (out, in)."""
         # An input that is zero everywhere leaves the ridge alone.
         scale = self.gram.diagonal().mean().item() * share or 1.0
-        eye = torch.eye(self.gram.shape[0], dtype=self.gram.dtype)
+        eye = torch.eye(self.gram.shape[0], dtype=self.gram.dtype, device=self.gram.device)
         return Objective(self.gram + scale * eye, self.cross + scale * weight)
 
     def value(self, weight: Tensor) -> float:
@@ -152,7 +152,7 @@ def _step(gram: Tensor, cross: Tensor, moved: Tensor, fixed: Tensor) -> tuple[Te
     pull = system.diagonal().mean() * NEARLY_SINGULAR
     if not pull > 0:  # fixed is zero: so is the product, whatever this is
         return moved, 0.0
-    shift = torch.eye(system.shape[0], dtype=system.dtype) * pull
+    shift = torch.eye(system.shape[0], dtype=system.dtype, device=system.device) * pull
     new = torch.cholesky_solve(wanted + pull * old, torch.linalg.cholesky(system + shift))
     value = ((system @ new - 2 * wanted) * new).sum().item()
     return rearrange(new, "(r i) o -> r o i", r=rank).contiguous(), value

@@ -57,6 +57,10 @@ def test_a_rule_sets_exactly_one_field():
             Rule(**fields)
     with pytest.raises(PlanError, match="rank=-1: expected a whole number"):
         Rule(rank=-1)
+    for text in ("384x48*2x16", ["384x48*2x16"]):
+        with pytest.raises(PlanError, match="expected KroneckerShapes"):
+            Rule(groups=text)
+    assert Rule(groups=SHAPE).groups == (SHAPE,)
 
 
 @pytest.mark.parametrize("factor", [1, 0.5, -3, float("nan"), float("inf"), "8", True, [8]])

@@ -11,7 +11,7 @@ from transformers import BertForMaskedLM
 
 import kronbert
 from kronbert import KroneckerEmbedding, KroneckerLinear, KroneckerLMHead, NoMatchError, PlanError
-from tests.small_berts import QUERY, classifier, masked_lm
+from tests.small_berts import IDS, QUERY, classifier, masked_lm
 
 TABLE = "bert.embeddings.word_embeddings"
 
@@ -304,3 +304,39 @@ def test_merge_leaves_the_student_alone():
     before = snapshot(student)
     kronbert.merge(student)
     assert snapshot(student) == before
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["weights", "data"])
+def test_a_model_that_was_trained_with_gradient_checkpointing(data):
+    """transformers leaves a hook on the word table, which its new table has as well."""
+    model = masked_lm()
+    model.enable_input_require_grads()
+    more = {"init": "data", "calibration": [IDS]} if data else {}
+    student = kronbert.convert(model, factor=3, **more)
+    table = student.get_input_embeddings()
+    assert isinstance(table, KroneckerEmbedding)
+    table.requires_grad_(False)
+    assert table(IDS).requires_grad
+    student.disable_input_require_grads()
+    assert not table(IDS).requires_grad
+    assert len(model.get_input_embeddings()._forward_hooks) == 1
+    student.enable_input_require_grads()
+    dense = kronbert.merge(student).get_input_embeddings().requires_grad_(False)
+    assert dense(IDS).requires_grad
+    plain = kronbert.merge(kronbert.convert(masked_lm(), factor=3)).get_input_embeddings()
+    assert not plain.requires_grad_(False)(IDS).requires_grad
+
+
+def test_a_default_device_other_than_the_models():
+    model, device = masked_lm(), torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        student = kronbert.convert(model, factor=3, init="data", calibration=[IDS])
+        report = kronbert.report(student, model, sequence_length=8, seconds=0.01)
+        dense = kronbert.merge(student)
+    finally:
+        torch.set_default_device(device)
+    assert report.latency_ratio
+    wanted = kronbert.convert(model, factor=3, init="data", calibration=[IDS])
+    assert torch.equal(student(IDS).logits, wanted(IDS).logits)
+    torch.testing.assert_close(dense(IDS).logits, student(IDS).logits)

@@ -154,3 +154,15 @@ def test_a_table_with_nan_is_refused(groups):
         dense.weight[3, 1] = torch.nan
     with pytest.raises(ShapeError, match="NaN or infinity, expected finite numbers"):
         KroneckerEmbedding.from_embedding(dense, groups)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_holds_with_and_without_gradients():
+    """jit.trace's own check makes a second trace without them."""
+    table = KroneckerEmbedding(30, 12, KroneckerShape(30, 1, 1, 12, 4), padding_idx=0)
+    ids = torch.tensor([[0, 3], [29, 0]])
+    traced = torch.jit.trace(table, (ids,))
+    assert torch.equal(traced(ids), table(ids))
+    traced(ids).sum().backward()
+    assert not table.a.grad[0].any()
+    assert table.a.grad[3].any()

@@ -51,7 +51,7 @@ def test_glue_finetune(tiny_bert, tiny_task, environment, tmp_path):
     from kronbert.job_models import open_model
 
     kronbert.convert(open_model(str(tiny_bert)), factor=3).save_pretrained(tmp_path / "student")
-    cli.copy_tokenizer(str(tiny_bert), tmp_path / "student")
+    cli.copy_preparation(str(tiny_bert), tmp_path / "student")
     text = run(
         "glue_finetune.py", "--model", tmp_path / "student", "--task", tiny_task, "--epochs", 4,
         "--learning-rate", 1e-2, "--batch-size", 16, "--output", "tuned", environment=environment,

@@ -9,6 +9,7 @@ from accelerate import cpu_offload, disk_offload  # type: ignore[import-untyped]
 from torch import nn
 
 from kronbert import KroneckerEmbedding, KroneckerLMHead, KroneckerShape
+from kronbert.errors import KronbertError
 
 GROUPS = (KroneckerShape(30, 4, 1, 3, 2), KroneckerShape(30, 1, 1, 12, 2))
 
@@ -106,3 +107,9 @@ def test_dense_twin_is_tied_to_the_dense_table():
 def test_tying_a_dense_weight_to_it_is_refused():
     with pytest.raises(AttributeError, match="its table is the tied KroneckerEmbedding"):
         Tied().head.weight = nn.Parameter(torch.zeros(30, 12))
+
+
+def test_replicas_of_data_parallel_are_refused():
+    """They would read the first device's matrices: what replicates a module calls this of each."""
+    with pytest.raises(KronbertError, match=r"replicas of a KroneckerLMHead .*torchrun"):
+        [module._replicate_for_data_parallel() for module in Tied().modules()]

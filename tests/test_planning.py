@@ -132,10 +132,21 @@ def test_a_tied_head_follows_its_table():
         assert found[HEAD].weights == 0
 
 
-@pytest.mark.parametrize("given", [{"rules": {HEAD: {"rank": 2}}}, {"keep": [HEAD]}])
+@pytest.mark.parametrize(
+    "given", [{"rules": {HEAD: {"rank": 2}}}, {"keep": [HEAD]}, {"keep": ["*decoder"]}]
+)
 def test_a_tied_head_takes_no_rule(given):
     with pytest.raises(PlanError, match=f"'{HEAD}' shares its weight with '{WORD}' and follows it"):
         make_plan(encoder(), KroneckerConfig(factor=4, **given))
+
+
+@pytest.mark.parametrize(
+    ("keep", "rules", "converted"),
+    [([HEAD, WORD], {"re:.*query": {"rank": 2}}, False), (["*"], {WORD: {"rank": 2}}, True)],
+)
+def test_a_tied_head_is_kept_as_its_table_is(keep, rules, converted):
+    found = planned(make_plan(encoder(), KroneckerConfig(keep=keep, rules=rules)))
+    assert bool(found[HEAD].groups) is bool(found[WORD].groups) is converted
 
 
 def test_flops_of_every_kind_of_layer():

@@ -111,6 +111,14 @@ def test_list_and_broken_report(students):
     assert kronbert.list_students()[0]["factor"] is None
 
 
+def test_a_measured_student_is_listed(students):
+    """`kronbert report STUDENT --output STUDENT` leaves its own report.json there."""
+    folder = students / "tiny-x3"
+    (folder / "report.json").unlink()
+    kronbert.report(kronbert.load(folder), latency=False).save(folder)
+    assert kronbert.list_students()[0]["factor"] is None
+
+
 def test_a_student_without_pooler_loads_strictly(tmp_path):
     student = save_student(tmp_path / "bare", add_pooling_layer=False)
     loaded = kronbert.load(tmp_path / "bare")

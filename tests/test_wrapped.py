@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -189,3 +191,49 @@ def test_instances_with_ties_of_their_own_merge(kind, tmp_path):
     again = type(model).from_pretrained(tmp_path)
     for name, value in merged.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+class Pair(nn.Module):
+    """Two encoders with one table and one first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.document = (BertModel(BertConfig(**SMALL)) for _ in range(2))
+        self.document.embeddings = self.query.embeddings
+        self.document.encoder.layer[0] = self.query.encoder.layer[0]
+
+
+def test_parts_that_share_modules_are_saved_with_all_of_their_own(tmp_path):
+    student = kronbert.convert(Pair().eval(), factor=2)
+    assert student.document.encoder.layer[0] is student.query.encoder.layer[0]
+    for name in ("query", "document"):
+        part = getattr(student, name)
+        part.save_pretrained(tmp_path / name)
+        again = loaded(tmp_path / name)
+        assert torch.equal(again(IDS).last_hidden_state, part(IDS).last_hidden_state)
+
+
+class Published(Wrapper, PyTorchModelHubMixin):
+    pass
+
+
+def test_a_model_whose_loading_would_leave_layers_random_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="Published.from_pretrained .* leave them random"):
+        student = kronbert.convert(Published(), factor=2).eval()
+    kronbert.merge(student).save_pretrained(tmp_path)
+    again = Published.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(
+        again.encoder(IDS).last_hidden_state, student.encoder(IDS).last_hidden_state
+    )
+
+
+def test_a_parametrised_layer_may_be_kept():
+    model = Wrapper()
+    parametrizations.weight_norm(model.out)
+    with pytest.raises(PlanError, match="'out': its weight is parametrised"):
+        kronbert.convert(model, factor=2)
+    for said in ({"keep": ["out"]}, {"rules": {"out": "dense"}}):
+        student = kronbert.convert(model, factor=2, **said)
+        torch.testing.assert_close(student.out.weight, model.out.weight)
+    with pytest.raises(PlanError, match="'out' cannot be converted: its weight is parametrised"):
+        kronbert.convert(model, rules={"out": {"rank": 2}})
