@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kronbert.distill.data import TaskData
+from kronbert.distill.score_head import output_layer
 from kronbert.errors import DataError
 
 
@@ -37,16 +38,6 @@ def standardised(rows: TaskData, mean: float, deviation: float) -> TaskData:
 
     validation = {name: scaled(part) for name, part in rows.validation.items()}
     return replace(rows, train=scaled(rows.train), validation=validation)
-
-
-def output_layer(model: nn.Module) -> nn.Linear | None:
-    """The head's last layer, one number wide and with a bias; None where there is no such layer."""
-    found = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == 1 and layer.bias is not None
-    ]
-    return found[-1] if found else None
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from transformers import DataCollatorWithPadding
 
 from kronbert.distill.data import row_lengths
 from kronbert.distill.digests import rows_digest
+from kronbert.distill.score_head import exact_scores
 from kronbert.distill.taps import Captured, Taps, inputs_of
 from kronbert.errors import DistillError
 from kronbert.prepared import own_forward
@@ -168,7 +169,7 @@ def with_teacher(
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(device)
             reader = _Reader(teacher, tuple(layers), autocast)
-            with own_forward(teacher):
+            with own_forward(teacher), exact_scores(teacher):
                 _compute(inputs, lengths, reader, path, beside, DataCollatorWithPadding(tokenizer),
                          batch_size)  # fmt: skip
     logits = np.load(path)

@@ -22,6 +22,7 @@ from kronbert.distill.layer_maps import LayerMap
 from kronbert.distill.muon import with_muon
 from kronbert.distill.objectives import Objective, term_losses
 from kronbert.distill.rates import rate_factors, split_groups
+from kronbert.distill.score_head import exact_scores
 from kronbert.distill.stages import CACHED, check_switches
 from kronbert.distill.taps import Captured, Taps, inputs_of
 from kronbert.distill.teacher_cache import (
@@ -138,17 +139,18 @@ class DistillTrainer(Trainer):
         student: Any = self.model
         if self.model_wrapped is student:  # one in DistributedDataParallel is not prepared again
             unprepare(student)
-        with dropout_set_to(student, getattr(self.args, "dropout", None)):
+        dropout = getattr(self.args, "dropout", None)
+        with dropout_set_to(student, dropout), exact_scores(student, self.teacher):
             return super().train(resume_from_checkpoint, *args, **kw)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, of the averaged weights where the arguments have ``ema``."""
-        with self._averaged():
+        with self._averaged(), exact_scores(self.model):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, of the averaged weights where the arguments have ``ema``."""
-        with self._averaged():
+        with self._averaged(), exact_scores(self.model):
             return super().predict(*args, **kwargs)
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -261,7 +263,7 @@ class DistillTrainer(Trainer):
         rows, was_training = 0, model.training
         model.eval()
         try:
-            with self._averaged():
+            with self._averaged(), exact_scores(model, self.teacher):
                 for batch in batches:
                     inputs = self._prepare_inputs(dict(batch))
                     teacher = self._teach(inputs)

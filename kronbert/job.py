@@ -29,7 +29,7 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
-from .job_rows import check_more_rows, cut_rows, more_rows, open_data
+from .job_rows import SAVED_LENGTH, check_more_rows, cut_rows, more_rows, open_data
 from .job_settings import CompressSettings
 from .job_stages import Schedule
 from .job_start import Start, find_start, put_body
@@ -116,7 +116,7 @@ class _Job:
         for stage in self.schedule.on_task:
             training_rows(self.rows, stage)  # rows without a label, which the data may have
         self.cut = cut_rows(self.data, self.tokenizer, self.max_length, most)
-        self.tokenizer.init_kwargs["max_length"] = self.max_length  # saved; evaluate's default
+        self.tokenizer.init_kwargs[SAVED_LENGTH] = self.max_length  # evaluate's default
         if settings.stage1_text and not folder.done("stage1"):
             _ = self.blocks
         if not folder.began():
@@ -164,7 +164,7 @@ class _Job:
         folder, settings = self.folder, self.settings
         steps = 3 + len(self.schedule.on_task)
         kinds = "scores" if self.task.labels is None else f"{len(self.task.labels)} classes"
-        texts = " and ".join(map(repr, self.task.text))
+        texts = " and ".join(map(repr, self.task.text)) + f"; label {self.task.label!r}"
         on = f"{self.task.name} ({self.data.source}; texts {texts}; {kinds})"
         what = f"1/{steps} teacher: {settings.model} on {on}"
         if self.cut is not None:
@@ -207,7 +207,8 @@ class _Job:
 
     def _fine_tune(self, teacher: Any) -> list[Any]:
         """On the labels; on standardised scores, where the head can then be given their unit."""
-        from .distill.score_scale import output_layer, standardised, take_unit
+        from .distill.score_head import output_layer
+        from .distill.score_scale import standardised, take_unit
 
         rows = replace(self.rows, unlabelled=None)
         if self.schedule.scale is None or output_layer(teacher) is None:

@@ -19,6 +19,9 @@ MEASURED = 1024
 MOST_SPLICES = 40
 """Per training row, at most."""
 
+SAVED_LENGTH = "kronbert_max_length"
+"""What a job's tokens of a row are called in the settings of the tokenizer that it saves."""
+
 
 def open_data(
     task: str,

@@ -15,7 +15,7 @@ from .job_models import (
     open_teacher,
     open_tokenizer,
 )
-from .job_rows import open_data
+from .job_rows import SAVED_LENGTH, open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def scores_of(model: str, task: str, *, max_length: int | None = None, **data: A
     most = longest(fine_tuned.config, tokenizer)
     if max_length is not None and max_length > most:
         raise DataError(f"--max-length {max_length}: {model} takes {most} tokens at most.")
-    saved = tokenizer.init_kwargs.get("max_length")
+    saved = tokenizer.init_kwargs.get(SAVED_LENGTH)
     length = max_length
     if length is None:
         length = min(saved or rows.task.max_length, most)

@@ -234,3 +234,18 @@ def test_real_glue_loads(name):
             assert labels.max() <= 5
         else:
             assert set(labels.tolist()) == set(range(data.task.num_labels))
+
+
+def test_a_character_in_two_halves_is_read(tmp_path):
+    whole = '{"text": "so \\ud83d\\ude00 good", "label": "a"}\n{"text": "b", "label": "b"}\n'
+    read = load_folder(folder(tmp_path / "d", whole, kind=".jsonl"))
+    assert read.train["text"][0] == "so \N{GRINNING FACE} good"
+
+
+def test_class_names_that_differ_in_case_alone(tmp_path):
+    task = folder(tmp_path / "d", "text,label\na,Pos\nb,pos\nc,neg\n", kind=".csv")
+    order = ("neg", "pos", "Pos")
+    assert load_folder(task, classes=order).task.labels == order
+    assert load_folder(task, classes=("NEG", "POS", "pos")).task.labels == ("Pos", "neg", "pos")
+    plain = folder(tmp_path / "e", "text,label\na,Pos\nc,neg\n", kind=".csv")
+    assert load_folder(plain, classes=("POS", "Neg")).task.labels == ("Pos", "neg")

@@ -41,6 +41,11 @@ def test_bad_tsv_is_named_with_its_line(tmp_path, train, message):
         (".jsonl", "[1]\n", "line 1: expected an object"),
         (".jsonl", '{"sentence": "a", "label": 1}\n\n{"label": 1}\n', "line 3: .*is None: expec"),
         (".jsonl", '{"sentence": 5, "label": 1}\n', "line 1: column 'sentence' is 5: expected te"),
+        (
+            ".jsonl",
+            '{"sentence": "a \\ud83d", "label": 1}\n',
+            "line 1: column 'sentence' holds half",
+        ),
         (".parquet", "no parquet", "train.parquet: not a parquet file"),
     ],
 )
@@ -180,3 +185,20 @@ def test_a_question_beside_another_text_is_not_read_alone(tmp_path):
         load_folder(tmp_path / "boolq")
     pair = load_folder(tmp_path / "boolq", text=("question", "passage"))
     assert pair.task.text == ("question", "passage")
+
+
+def test_two_columns_that_could_be_the_label(tmp_path):
+    task = folder(tmp_path / "d", "text,score,target\na b,10,x\nb c,20,y\n", kind=".csv")
+    with pytest.raises(DataError, match=r"'score' or 'target' could be meant.*--label-column"):
+        load_folder(task)
+    assert load_folder(task, label="target").task.labels == ("x", "y")
+
+
+def test_rows_without_a_token(tmp_path, tiny_bert):
+    """Of a tokenizer that adds none of its own, as GPT-2's."""
+    task = folder(tmp_path / "d", "text,label\na,0\n,1\nb,1\n", kind=".csv")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    assert len(tokenize(load_folder(task), tokenizer).train) == 3
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(DataError, match=r"1 rows without a token, such as \{'text': ''"):
+        tokenize(load_folder(task), tokenizer)

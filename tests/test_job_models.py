@@ -1,8 +1,15 @@
-"""Opening models for a job: the class that a checkpoint is of, whatever its config says."""
+"""Jobs' settings, and opening their models: the class of a checkpoint, whatever its config says."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
 
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from kronbert.job_models import open_model
+from kronbert.job_settings import CompressSettings
+from kronbert.pretrain import PretrainSettings
 
 
 def test_an_encoder_whose_head_names_the_tied_table_first(tmp_path):
@@ -19,3 +26,12 @@ def test_an_encoder_whose_head_names_the_tied_table_first(tmp_path):
     other.save_pretrained(tmp_path / "other")
     other.config.save_pretrained(tmp_path / "other")
     assert type(open_model(str(tmp_path / "other"))) is XLMRobertaModel
+
+
+def test_settings_may_hold_paths():
+    text = {"model": "m", "output": os.path.join("a folder", "out"), "factor": 8}
+    paths = {**text, "output": Path("a folder") / "out"}
+    assert CompressSettings(**paths, task=Path("own")) == CompressSettings(**text, task="own")
+    found = PretrainSettings(**paths, text=Path("wiki.txt"))
+    assert found == PretrainSettings(**text, text="wiki.txt")
+    assert json.loads(json.dumps(asdict(found)))["text"] == "wiki.txt"

@@ -275,7 +275,8 @@ def test_a_base_model_with_missing_weights(refuse, tiny_bert, tiny_task, tmp_pat
 def test_a_discriminator_has_no_masked_lm_head(tiny_bert):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     heads = {"BertForMaskedLM": True, "BertForPreTraining": True, "ElectraForMaskedLM": True,
-             "ElectraForPreTraining": False, "BertModel": False}  # fmt: skip
+             "ElectraForPreTraining": False, "BertModel": False, "GPT2LMHeadModel": False,
+             "T5ForConditionalGeneration": False}  # fmt: skip
     for name, expected in heads.items():
         assert has_masked_lm(BertConfig(architectures=[name]), tokenizer) is expected
 

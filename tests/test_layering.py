@@ -179,7 +179,7 @@ TABLE = {
     "student_card": Row("job_models", lazily="__init__", outside_lazily="torch transformers"),
     "sentence_files": Row(outside_lazily="huggingface_hub"),
     "pretrain": Row(
-        "errors job_depth job_folder job_models sentence_files shipped student_card",
+        "errors job_depth job_folder job_models job_settings sentence_files shipped student_card",
         lazily="checkpoint conversion distill.* job_begin job_start pictures",
         outside_lazily="torch transformers",
     ),

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from kronbert.distill.data import load_folder, load_task, tokenize
 from kronbert.distill.recipes.kronbert import SPREAD
-from kronbert.distill.score_scale import output_layer, scale_of, standardised, take_unit
+from kronbert.distill.score_head import output_layer
+from kronbert.distill.score_scale import scale_of, standardised, take_unit
 from kronbert.errors import DataError
 from kronbert.job import compress
 from kronbert.job_models import open_encoder
@@ -222,6 +223,11 @@ def test_a_student_is_scored_again_at_its_own_length(tiny_bert, long_texts, tmp_
     assert again.max_length == 48
     assert again.scores == content["scores"]["student"]
     assert not [line for line in said if "are cut there" in line or "learnt nothing" in line]
+    foreign = shutil.copytree(tmp_path / "out" / "student", tmp_path / "foreign")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer("a film", truncation=True, max_length=16)  # which tokenizers save with themselves
+    tokenizer.save_pretrained(foreign)
+    assert scores_of(str(foreign), str(long_texts)).max_length == 64
     shorter = scores_of(str(tmp_path / "out" / "student"), str(long_texts), max_length=16)
     assert shorter.scores["validation"]["accuracy"] < 0.7
     # the same teacher, whose rows lose the word that counts
