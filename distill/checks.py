@@ -29,7 +29,8 @@ DETECTORS = {"ElectraForPreTraining", "FunnelForPreTraining"}
 MLM_HEADS = {
     name
     for names in (MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_PRETRAINING_MAPPING_NAMES)
-    for name in names.values()
+    for kind, name in names.items()
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # other kinds are pre-trained by their next words
 } - DETECTORS
 """Classes with a masked-LM head."""
 

@@ -35,6 +35,17 @@ def text_columns(table: Table) -> tuple[str, ...]:
     )
 
 
+def label_column(table: Table) -> str:
+    """The label's column by its name; `DataError` where there is none, or more than one."""
+    found = [name for name in LABEL_COLUMNS if name in table.columns]
+    if len(found) > 1:
+        raise DataError(
+            f"{table.path}: {' or '.join(map(repr, found))} could be meant: pass label=... "
+            "(--label-column)."
+        )
+    return table.column(*LABEL_COLUMNS)
+
+
 def _are_sentences(values: list[Any]) -> bool:
     return all(isinstance(v, str) for v in values) and any(len(v.split()) > 3 for v in values)
 

@@ -11,10 +11,10 @@ from typing import Any
 import datasets
 
 from kronbert.distill.columns import (
-    LABEL_COLUMNS,
     are_numbers,
     by_size,
     have_points,
+    label_column,
     refuse_scores_without_number,
     text_columns,
 )
@@ -270,7 +270,7 @@ def load_folder(
     tables = [read_table(p) for p in _files(folder, ("validation",))[0]]
     first = tables[0]
     columns = (text,) if isinstance(text, str) else text or text_columns(first)
-    column = first.column(label) if label else first.column(*LABEL_COLUMNS)
+    column = first.column(label) if label else label_column(first)
     values = [v for t in tables for v in t.columns[t.column(column)]]
     for table in tables:
         for row, value in enumerate(table.columns[column]):
@@ -298,13 +298,22 @@ def load_folder(
             f"{first.path}: column {column!r} is {names[0]!r} in every row: expected two classes "
             "or more. For scores pass regression=True (--regression)."
         )
-    order = [str(name).lower() for name in classes or ()]
-    if names is not None and sorted(order) == sorted(name.lower() for name in names):
-        names = tuple(sorted(names, key=lambda name: order.index(name.lower())))
+    if names is not None:
+        names = _in_order(names, [str(name) for name in classes or ()])
     kept = ("spearman", "pearson") if regression else ("accuracy", "macro_f1")
     task = Task(name=folder.resolve().name, text=columns, label=column, labels=names, indices=False,
                 metrics=kept, primary=kept[0], max_length=max_length)  # fmt: skip
     return _limited(_from_files(task, folder, tables), limit, limit_validation, seed)
+
+
+def _in_order(names: tuple[str, ...], order: list[str]) -> tuple[str, ...]:
+    """``names`` in this order, if it is of the same names, or of the same but for their case."""
+    if sorted(order) == sorted(names):
+        return tuple(order)
+    lower = [name.lower() for name in order]
+    if sorted(lower) == sorted(name.lower() for name in names) and len({*lower}) == len(lower):
+        return tuple(sorted(names, key=lambda name: lower.index(name.lower())))
+    return names
 
 
 def tokenize(data: TaskData, tokenizer: Any, max_length: int | None = None) -> TaskData:
@@ -329,7 +338,14 @@ def tokenize(data: TaskData, tokenizer: Any, max_length: int | None = None) -> T
         return {**encoded, "labels": rows[task.label]} if task.label in rows else {**encoded}
 
     def run(rows: datasets.Dataset) -> datasets.Dataset:
-        return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenising")
+        given = rows.column_names
+        found = rows.map(encode, batched=True, remove_columns=given, desc="Tokenising")
+        if special == 0 and (empty := [i for i, n in enumerate(row_lengths(found)) if not n]):
+            raise DataError(
+                f"{data.source}: {len(empty)} rows without a token, such as "
+                f"{dict(rows[empty[0]])}: this tokenizer adds none of its own. Remove them."
+            )
+        return found
 
     validation = {name: run(rows) for name, rows in data.validation.items()}
     extra = None if data.unlabelled is None else run(data.unlabelled)

@@ -191,11 +191,26 @@ def _jsonl(path: Path) -> Table:
             raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object {{...}} on every line.")
+        if "\\u" in line:
+            _refuse_half_characters(row, f"{path}, line {number}")
         rows.append(row)
         lines.append(number)
         names.update(dict.fromkeys(row))
     columns = {name: [row.get(name) for row in rows] for name in names}
     return Table(path=path, columns=columns, lines=lines)
+
+
+def _refuse_half_characters(row: dict[str, Any], where: str) -> None:
+    """JSON can hold half of a character beyond the first 65,536 (an emoji), UTF-8 cannot."""
+    for name, value in row.items():
+        try:
+            f"{name}{value}".encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{where}: column {name!r} holds half a character (a lone surrogate, as a text "
+                "that was cut within an emoji). Cut it elsewhere, or remove that half: "
+                "text.encode('utf-8', 'ignore').decode()."
+            ) from None
 
 
 def load_text(source: str | Path, *, limit_tokens: int | None = None) -> datasets.Dataset:

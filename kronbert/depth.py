@@ -110,7 +110,7 @@ def _fill(copied: Any, model: Any, kept: tuple[int, ...], depth: int) -> None:
         raise PlanError(
             f"fewer_layers({type(model).__name__}, {kept}): {name!r} has no place in a model of "
             f"{len(kept)} layers, or is missing. Its layers are not alike: keep other ones, "
-            "layer 1 among them."
+            f"layer 1 among them; evenly spaced ones have it from {depth // 2 + 1} of {depth} on."
         )
     copied.load_state_dict({name: state[source(name)].clone() for name in names}, assign=True)
     copied.tie_weights()

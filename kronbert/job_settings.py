@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .config import check_factor
 from .errors import PlanError, near
+
+
+def text_for_paths(settings: Any) -> None:
+    """Settings are written as JSON: a `Path` in them becomes text."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, os.PathLike):
+            object.__setattr__(settings, field.name, os.fspath(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,7 @@ class CompressSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        text_for_paths(self)
         if (self.factor is None) == (self.preset is None):
             raise PlanError("compress: expected factor= or preset=, one of them. Try --factor 8.")
         if self.factor is not None:

@@ -25,6 +25,7 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
+from .job_settings import text_for_paths
 from .sentence_files import copy_pooling
 from .shipped import find_shipped
 from .student_card import student_card, student_report
@@ -81,6 +82,7 @@ class PretrainSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        text_for_paths(self)
         if self.factor is not None and self.preset is not None:
             raise PlanError("pretrain-student: factor= and preset=: expected one of them.")
         if self.optimizer not in ("adamw", "muon"):
