@@ -3,9 +3,10 @@
 Which form runs is predicted from tables (`kronbert.cpu_cost`): calibrated on this machine, or
 shipped. Without gradients, in eager mode, the matrices that a form multiplies with (folded,
 transposed or dense) are kept until the layer's parameters change; with gradients they are made
-anew. Parameters that change behind torch's back, through ``param.data`` or in place through the
-vector that `nn.utils.vector_to_parameters` made them views of, are not seen: call `forget`, or
-``module.train()`` or ``module.eval()``, which do so for a module's parameters.
+anew. Parameters that change behind torch's back, through ``param.data``, by a collective of
+`torch.distributed` or in place through the vector that `nn.utils.vector_to_parameters` made them
+views of, are not seen: call `forget`, or ``module.train()`` or ``module.eval()``, which do so for a
+module's parameters.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ STAGE_US = 4.0
 GROWTH = 1.0
 """A form may keep matrices of at most this many times the dense weight's numbers."""
 
-PRIMITIVES = ("gemm", "mix", "turn", "add")
+PRIMITIVES, AXES = ("gemm", "mix", "turn", "add"), (3, 4, 3, 1)
 DTYPES = ("float32", "bfloat16")
 
 Grid = tuple[tuple[int, ...], ...]
@@ -52,6 +52,12 @@ class Primitive:
     times_us: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        rising = all(list(axis) == sorted({*axis}) for axis in self.axes)
+        if not rising or not all(type(x) is int and x > 0 for axis in self.axes for x in axis):
+            raise ReportError(
+                f"Primitive: axes {self.axes}: expected rising whole numbers > 0. Run `kronbert "
+                "calibrate` to measure them."
+            )
         points = math.prod(len(axis) for axis in self.axes)
         if len(self.times_us) != points or not all(0 < us < math.inf for us in self.times_us):
             raise ReportError(
@@ -186,7 +192,13 @@ class CostTable:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> CostTable:
-        primitives = (Primitive.from_json(found[name]) for name in PRIMITIVES)
+        primitives = [Primitive.from_json(found[name]) for name in PRIMITIVES]
+        axes = [len(one.axes) for one in primitives]
+        if found["itemsize"] not in (2, 4) or axes != [*AXES]:
+            raise ReportError(
+                f"CostTable: numbers of {found['itemsize']!r} bytes and primitives of {axes} axes: "
+                f"expected 2 or 4 and {[*AXES]}. Run `kronbert calibrate`."
+            )
         return cls(found["itemsize"], *primitives)
 
 

@@ -129,14 +129,16 @@ class _MaskedWords(torch.autograd.Function):
             ]
             for _ in range(1 if teacher is None else 2)
         ]
+        # Of all chunks: autocast keeps what it casts, one copy for each leaf.
+        shared = [
+            x.detach().requires_grad_(need)
+            for x, need in zip(inputs[1:], needs[1:], strict=True)
+            if x is not None
+        ]
         for start in range(0, h.shape[0], chunk):
             part = slice(start, start + chunk)
+            leaves = [h[part].detach().requires_grad_(needs[0]), *shared]
             with torch.enable_grad():
-                leaves = [
-                    (x[part] if i == 0 else x).detach().requires_grad_(need)
-                    for i, (x, need) in enumerate(zip(inputs, needs, strict=True))
-                    if x is not None
-                ]
                 logits = _logits(leaves, bias is not None, groups, starts)
             taught = None
             if teacher is not None:

@@ -261,5 +261,7 @@ def _build(compiler: str) -> Path:
             flags += WIDE
         command = [compiler, *flags, "-shared", str(here / _SOURCES[-1]), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        with made.open("rb") as written:  # whole on the disk, or not there after a power cut
+            os.fsync(written.fileno())
         made.replace(path)
     return path

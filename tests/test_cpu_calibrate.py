@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_two_that_measure_at_once_both_write(cache, monkeypatch):
     assert inner == ["begun", path]
     assert list(cache.iterdir()) == [path]
     assert calibration.tables() == (load_tables(path), None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("itemsize", "4"), ("itemsize", 0), ("axes", [[0, 2], [1], [1]]), ("axes", [[2, 1], [1], [1]]),
+     ("axes", [[1.5, 2], [1], [1]]), ("axes", [[1, 2]])],
+)  # fmt: skip
+def test_times_on_impossible_sizes_give_way_too(key, value, cache):
+    path = calibration.calibrate()
+    content = json.loads(path.read_text())
+    table = content["tables"]["float32"]
+    (table if key == "itemsize" else table["gemm"])[key] = value
+    table["gemm"]["times_us"] = [1.0] * math.prod(len(axis) for axis in table["gemm"]["axes"])
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="this machine's calibration cannot be read"):
+        assert cpu.tables() == expected_shipped()
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"tables": {"float32": {}}}', "half", "a folder"])

@@ -226,6 +226,22 @@ def test_mlm_loss_never_holds_tokens_times_vocabulary():
     assert whole.numbers == rows * entries
 
 
+def test_autocast_casts_a_dense_weight_once_for_all_chunks():
+    """It keeps a copy of what it casts for each leaf, until it ends."""
+    given = words("dense", torch.float32)
+    weight, casts = given["a"], []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].shape == weight.shape:
+                casts.append(kwargs["dtype"])
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        mlm_loss(**given, chunk=2)
+    assert casts.count(torch.bfloat16) == 1
+
+
 def test_as_many_rows_at_a_time_as_the_bytes_hold(monkeypatch):
     h, table = torch.randn(64, 2), torch.randn(500, 2)
     labels = torch.randint(0, 500, (64,))
