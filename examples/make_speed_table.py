@@ -1,7 +1,7 @@
-"""Writes docs/speed.md's tables and roofline from speed_cpu.json, speed_cpu_avx2.json,
-speed_cpu_plans.json and speed_gpu.json in examples/results.
+"""Writes docs/speed.md's tables and roofline from the measurements in examples/results.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. What no file holds reads "not
+These are speed_cpu.json, speed_cpu_avx2.json, speed_cpu_plans.json and speed_gpu.json. A table
+stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. What no file holds reads "not
 measured"; rows that lose stay. --check only compares.
 """
 

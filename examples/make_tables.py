@@ -1,13 +1,11 @@
-"""Writes the tables of README.md, docs/accuracy.md and docs/recipe.md, and docs/retention.png, from
-the JSON files in examples/results.
-
---check only compares the tables.
+"""Writes the tables of README.md and docs, and docs/retention.png, from examples/results.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME picks the function below.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -110,16 +108,19 @@ PAGES = ("README.md", "docs/accuracy.md", "docs/recipe.md")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare the pages")
+    check = parser.parse_args().check
     for page in PAGES:
         path = ROOT / page
         before = path.read_text()
         after = rewritten(before)
-        if "--check" in sys.argv:
+        if check:
             if after != before:
                 sys.exit(f"{page} differs from examples/results: run me.")
         else:
             path.write_text(after)
-    if "--check" in sys.argv:
+    if check:
         return
     study_picture.retention_picture(
         study.read(RESULTS / "glue_study.json"), ROOT / "docs/retention.png"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from operator import itemgetter
@@ -46,9 +47,10 @@ MEASURED = 512
 """Rows on which hidden states are compared, of dev and of another origin."""
 
 
-def parser(study: str, names: Iterable[str]) -> argparse.ArgumentParser:
-    """study: "structure", whose --structures are chosen from ``names``; or of another column."""
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser(study: str, names: Iterable[str], about: str) -> argparse.ArgumentParser:
+    """study: "structure", whose --structures are chosen from ``names``; or of another column.
+    about: of which the first line is shown."""
+    made = argparse.ArgumentParser(description=about.splitlines()[0])
     add = made.add_argument
     add("--model", required=True, help="hub name or folder of the base encoder")
     add("--teachers", required=True, help="folder with TASK/teacher/model")
@@ -69,7 +71,8 @@ def parser(study: str, names: Iterable[str]) -> argparse.ArgumentParser:
 
 def work(task: type[Task], names: Iterable[str]) -> None:
     """The study of ``task``, whose students are told apart by ``names``."""
-    options = parser(task.study, names).parse_args()
+    about = sys.modules[task.__module__].__doc__ or ""
+    options = parser(task.study, names, about).parse_args()
     output, results = Path(options.output), Path(options.results)
     rows_of(results, options.tokens, task.study)
     torch.set_num_threads(options.threads)

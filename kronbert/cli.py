@@ -272,8 +272,8 @@ def bench(
     factor: Factor = None,
     preset: Preset = None,
     layers: Layers = None,
-    batch_size: Annotated[list[int] | None, typer.Option()] = None,
-    sequence_length: int = 128,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1)] = None,
+    sequence_length: Annotated[int, typer.Option(min=1)] = 128,
 ) -> None:
     """Latency of a model beside its converted twin, alternating in one process."""
     import kronbert
@@ -294,11 +294,12 @@ def bench(
 @app.command()
 def demo(
     output: str = "kronbert-demo",
-    data_dir: DataDir = None,
+    data_dir: Annotated[str | None, typer.Option(help="folder with sst2/train.tsv")] = None,
     factor: float = 8.0,
     seed: int = 42,
 ) -> None:
-    """Compress MiniLM for sentiment, end to end; no network beyond the package registry."""
+    """Compress MiniLM for sentiment, end to end: on SST-2, from --data-dir or the hub, else, where
+    no hub answers, on made-up sentences."""
     from .demo import run_demo
 
     finish(run_demo(output, data_dir, factor, seed, say), output)

@@ -147,8 +147,8 @@ class KroneckerConfig:
                     ) from error
         if self.factor is None and self.preset is None and not rules:
             raise PlanError(
-                "nothing to convert: expected factor=, preset= or rules=. "
-                "For the paper's model: preset='k8'; for nineteen times smaller: factor=19."
+                "nothing to convert: expected factor=, preset= or rules= (--factor, --preset, "
+                "--rule). The paper's model: preset='k8'; nineteen times smaller: factor=19."
             )
 
     def rule(self, name: str) -> Rule | None:

@@ -171,7 +171,8 @@ def open_teacher(name: str, task: Any) -> tuple[Any, bool]:
     if config.num_labels != task.num_labels:
         raise DistillError(
             f"{name}: its head has {_count(config.num_labels)}, task {task.name!r} has "
-            f"{_count(task.num_labels)}. Give a teacher fine-tuned for the task, or its base model."
+            f"{_count(task.num_labels)}. Give a model fine-tuned for the task, or, to compress, "
+            "its base model; for a folder's numbers say whether they are scores (--regression)."
         )
     _check_labels(name, config, task)
     model, loaded = open_pretrained(AutoModelForSequenceClassification, name, **full)

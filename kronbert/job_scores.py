@@ -39,7 +39,10 @@ def scores_of(model: str, task: str, *, max_length: int | None = None, **data: A
     rows = open_data(task, head=head_of(open_pretrained(AutoConfig, model)), **data)
     fine_tuned, tuned = open_teacher(model, rows.task)
     if not tuned:
-        raise PlanError(f"{model}: has no head fine-tuned for a task, so there is no score.")
+        raise PlanError(
+            f"{model}: has no head fine-tuned for a task, so there is no score. Fine-tune it, or "
+            "give what `kronbert compress` wrote: OUTPUT/student."
+        )
     tokenizer = open_tokenizer(model)
     check_tokenizer(fine_tuned, tokenizer, model)
     most = longest(fine_tuned.config, tokenizer)

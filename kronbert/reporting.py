@@ -59,7 +59,8 @@ class Report:
     sequence_length: of the FLOPs. inputs: what the models were run on ("" without latency).
     latency_ratio: batch size -> median of teacher / student over paired rounds; > 1 is faster.
     errors: Kronecker layer -> relative Frobenius error of its current weight against the teacher's.
-    unmatched: Kronecker layers for which the teacher has no weight of the same name and size."""
+    unmatched: Kronecker layers for which the teacher has no weight of the same name and size, or,
+    of another depth, none that is known to be its own."""
 
     student: ModelFigures
     teacher: ModelFigures | None = None
@@ -341,7 +342,10 @@ def _tables(made: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
 def _notes(made: Report) -> list[str]:
     lines = []
     if made.unmatched:
-        lines.append(f"Not in the teacher, so without error: {', '.join(made.unmatched)}.")
+        lines.append(
+            f"Not compared, as the teacher has no such layer or another depth: "
+            f"{', '.join(made.unmatched)}."
+        )
     if made.student.latency:
         turns = "alternating in one process; ratio: median of the pairs" if made.teacher else ""
         lines.append(f"Latency: {made.inputs}; inference mode" + (f", {turns}." if turns else "."))

@@ -232,7 +232,7 @@ def choose(
         least = sum(choice[0].weights for choice in options)
         if least > budget:
             reach = total / (settled + least)
-            advice = f"Ask for at most {_down(reach)}, or keep less dense."
+            advice = f"Ask for at most {_down(reach)} times fewer than these, or keep less dense."
             if reach < 1.01:
                 advice = "Keep less dense."
             raise PlanError(

@@ -145,7 +145,7 @@ def test_layers_the_teacher_lacks_are_named(student):
     made = report(student, wider, latency=False)
     assert "bert.encoder.layer.0.intermediate.dense" in made.unmatched
     assert "bert.encoder.layer.0.attention.self.query" in made.errors
-    assert "Not in the teacher" in made.to_markdown()
+    assert "Not compared" in made.to_markdown()
 
 
 def test_layers_of_a_deeper_teacher_are_not_taken_for_those_of_one_number(student):
