@@ -28,15 +28,10 @@ def renew_input_hooks(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and _has_input_hooks(part):
+        if isinstance(part, PreTrainedModel) and getattr(part, "_require_grads_hooks", None):
             part.disable_input_require_grads()
             part.enable_input_require_grads()
 
 
 def _is_input_hook(hook: object) -> bool:
     return "enable_input_require_grads" in getattr(hook, "__qualname__", "")
-
-
-def _has_input_hooks(part: nn.Module) -> bool:
-    several = getattr(part, "_require_grads_hooks", None)  # transformers 5; one before
-    return hasattr(part, "_require_grads_hook") if several is None else bool(several)
