@@ -31,6 +31,7 @@ from kronbert.distill.dropout import dropout_set_to
 from kronbert.distill.freed import ReleaseFreed
 from kronbert.distill.held_out import HeldOut, held_out_batches
 from kronbert.distill.objectives import Objective, Term
+from kronbert.distill.padding import FewLengths
 from kronbert.distill.pieces import BatchMasks, Pieces
 from kronbert.distill.sampling import SeededSampler
 from kronbert.distill.stages import Stage
@@ -129,7 +130,7 @@ def run_stage(
         place = cache or folder.parent / CACHE
         rows, states = _taught(rows, teacher, kept, args, place, tokenizer, say)
     if task:
-        collator: Any = DataCollatorWithPadding(tokenizer)
+        collator: Any = FewLengths(tokenizer, max(row_lengths(rows), default=0))
     else:
         mlm = stage.objective.label_tap == "mlm"
         collator = BatchMasks(DataCollatorForLanguageModeling(tokenizer, mlm=mlm))
