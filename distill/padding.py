@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import DataCollatorWithPadding
@@ -17,11 +16,11 @@ class FewLengths:
     def __init__(self, tokenizer: Any, longest: int) -> None:
         self.tokenizer, self.longest = tokenizer, longest
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
         tokens = max(len(row["input_ids"]) for row in rows)
         length = max(tokens, min(few_lengths(tokens), self.longest))
         collate = DataCollatorWithPadding(self.tokenizer, padding="max_length", max_length=length)
-        return collate(list(rows))
+        return collate(rows)
 
 
 def few_lengths(tokens: int) -> int:

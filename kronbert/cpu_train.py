@@ -92,8 +92,8 @@ class _Middle(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _check_plain(dy)
-        found = _middle_backward(dy, *ctx.saved_tensors)
-        return first_only(found, (dy, *ctx.saved_tensors), _REFUSAL)
+        saved = ctx.saved_tensors  # read once: a checkpointed layer has them once
+        return first_only(_middle_backward(dy, *saved), (dy, *saved), _REFUSAL)
 
 
 @torch.no_grad()

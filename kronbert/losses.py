@@ -160,8 +160,8 @@ class _MaskedWords(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        number = sum(ctx.present)
-        inputs, saved = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+        number, tensors = sum(ctx.present), ctx.saved_tensors
+        inputs, saved = tensors[:number], tensors[number:]
         grads = []
         for i, x in enumerate(inputs):
             parts = [

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+import kronbert
 from kronbert import blocks, cpu_train, functional
 from kronbert.blocks import Linear
 from kronbert.errors import KronbertError
@@ -44,6 +46,46 @@ def test_the_numbers_are_the_plain_ones(monkeypatch, shape, bias):
     torch.testing.assert_close(y, expected)
     for got, want in zip(found, own, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpointed_half_has_the_same_gradients():
+    """What a layer saved can be read once there."""
+    torch.manual_seed(0)
+    maps = a_map(UP, WIDE, IN), a_map(DOWN, OUT, WIDE)
+    x = torch.randn(11, IN)
+    assert cpu_train.ffn(x, *maps) is not None
+
+    def repeated(x, *maps):
+        return checkpoint(blocks.ffn, x, *maps, use_reentrant=False)
+
+    (y, found), (expected, own) = (gradients(call, x, *maps) for call in (repeated, blocks.ffn))
+    assert torch.equal(y, expected)
+    for got, want in zip(found, own, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_a_planned_student_trains_with_gradient_checkpointing(monkeypatch):
+    student = kronbert.fuse(kronbert.load("kronbert/minilm-x19")).train()
+    ids, middle, halves = torch.randint(1000, 3000, (8, 32)), cpu_train.middle, []
+    monkeypatch.setattr(cpu_train, "middle", lambda *given: halves.append(1) or middle(*given))
+
+    def gradients():
+        torch.manual_seed(0)  # of dropout
+        student.zero_grad()
+        student(input_ids=ids).last_hidden_state.square().mean().backward()
+        return {
+            name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None
+        }
+
+    expected = gradients()
+    assert len(halves) == 6
+    student.gradient_checkpointing_enable()
+    found = gradients()
+    assert len(halves) == 6 + 12
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
 
 
 def test_the_derivatives_are_the_functions(monkeypatch):

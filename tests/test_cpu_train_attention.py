@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kronbert import blocks, cpu_train, functional, native
 from kronbert.blocks import Linear
@@ -48,6 +49,21 @@ def agrees(x, maps, *more):
     off = 1e-5 * max(float(want.abs().max()) for want in own)  # of one token q's and k's are 0
     for got, want in zip(found, own, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=off)
+
+
+def test_checkpointed_attention_has_the_same_gradients():
+    torch.manual_seed(0)
+    x, maps = torch.randn(3, 17, WIDTH), [a_map(96) for _ in range(3)]
+
+    def repeated(*given):
+        return checkpoint(blocks.attention, *given, use_reentrant=False)
+
+    (y, found), (expected, own) = (
+        gradients(call, x, maps, 3, 0.2) for call in (repeated, blocks.attention)
+    )
+    assert torch.equal(y, expected)
+    for got, want in zip(found, own, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 16, 17, 29, 130])

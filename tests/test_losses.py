@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from kronbert import reference
 from kronbert.distill.objectives import kl_logits
@@ -267,6 +268,20 @@ def test_both_losses_can_be_summed_in_place():
     expected = total + kl
     total += kl
     assert torch.equal(total, expected)
+
+
+def test_a_checkpointed_loss_has_the_same_gradients():
+    given, teacher = words("blocks"), teacher_of()
+
+    def gradients(call):
+        losses = call(**given, teacher=teacher, temperature=2.0)
+        return torch.autograd.grad(losses[0] + 3 * losses[1], leaves_of(given))
+
+    def repeated(**given):
+        return checkpoint(mlm_loss, use_reentrant=False, **given)
+
+    for got, want in zip(gradients(repeated), gradients(mlm_loss), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_a_second_derivative_is_refused():
