@@ -20,7 +20,7 @@ from .errors import PlanError, ShapeError, expect_model
 from .fusion import unfuse
 from .head import KroneckerLMHead
 from .hooks import check_hooks, renew_input_hooks
-from .inventory import inventory, swap
+from .inventory import inventory, keep_mark, swap
 from .linear import KroneckerLinear
 from .planning import Inventory, Plan, PlannedLayer, check_rows, make_plan
 from .prepared import own_forward, unprepare
@@ -135,6 +135,7 @@ def convert(
         if bias is not None:
             # The same Parameter (a head's bias is tied to the model's), or its one copy.
             new[name].bias = bias if inplace else copy.deepcopy(bias, memo)
+        keep_mark(modules[name], new[name])
     plan = plan.with_errors(errors)
     stored = plans_of_parts(model, plan)
     with own_forward(model):
@@ -191,6 +192,7 @@ def merge(model: nn.Module) -> nn.Module:
         bias = getattr(module, "bias", None)
         if bias is not None:
             new[name].bias = copy.deepcopy(bias, memo)
+        keep_mark(module, new[name])
     if "" in new:
         return new[""]
     memo.update({id(found[name]): module for name, module in new.items()})

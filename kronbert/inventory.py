@@ -30,6 +30,7 @@ WRITTEN_TO = {"rwkv": ("*.attention.output", "*.feed_forward.value")}
 READ_AS_WEIGHT_HEADS = ("mobilebert",)
 """Model types whose masked-LM head reads ``decoder.weight`` itself: the tied table stays dense."""
 
+INITIALISED = "_is_hf_initialized"
 
 PLACES = {"position", "positions", "pos", "wpe"}
 """Words of the name of a table of positions."""
@@ -138,6 +139,13 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
         if id(module) in instead:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, instead[id(module)])
+
+
+def keep_mark(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` transformers' mark of weights that are no draw, if ``old`` has it: a model of
+    transformers that is built around these (`EncoderDecoderModel`) draws unmarked ones anew."""
+    if getattr(old, INITIALISED, False):
+        setattr(new, INITIALISED, True)
 
 
 def _kind(name: str, module: nn.Module) -> Kind | None:

@@ -237,3 +237,17 @@ def test_a_parametrised_layer_may_be_kept():
         torch.testing.assert_close(student.out.weight, model.out.weight)
     with pytest.raises(PlanError, match="'out' cannot be converted: its weight is parametrised"):
         kronbert.convert(model, rules={"out": {"rank": 2}})
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_merged_model_is_not_drawn_anew_inside_another(reload, tmp_path):
+    """`EncoderDecoderModel` draws what nothing says is no draw any more."""
+    student = kronbert.convert(BertModel(BertConfig(**SMALL)).eval(), factor=2)
+    if reload:
+        student.save_pretrained(tmp_path)
+        student = loaded(tmp_path)
+    decoder = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True, add_cross_attention=True))
+    for model in (student, kronbert.fuse(student), kronbert.merge(student)):
+        expected = model(IDS).last_hidden_state
+        pair = EncoderDecoderModel(encoder=model, decoder=decoder).eval()
+        assert torch.equal(pair.encoder(IDS).last_hidden_state, expected)
