@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -21,8 +17,8 @@ from transformers import (
     ProgressCallback,
 )
 
-from kronbert.distill.averaging import has_average
 from kronbert.distill.begun import ASKED, claim, noted
+from kronbert.distill.checkpoints import all_checkpoints, last_checkpoint, remove, step_of
 from kronbert.distill.checks import check_pair, supervised_layers
 from kronbert.distill.cpu_layers import fused_layers, plain_attention
 from kronbert.distill.data import TaskData, compute_metrics, row_lengths
@@ -157,12 +153,11 @@ def run_stage(
     if held_out is not None:
         batches = held_out_batches(held_out, whole, trainer.args.per_device_eval_batch_size)
         trainer.add_callback(HeldOut(trainer, batches, POINTS, say))
-    for path in _checkpoints(folder):
-        if last is None or _step(path) > _step(last):
-            shutil.rmtree(path)  # cut off while it was written
+    done = 0 if last is None else step_of(last)
+    remove([path for path in all_checkpoints(folder) if step_of(path) > done], trainer)  # cut off
     claim(folder, asked, begun=last is not None)
     if last is not None and say is not None:
-        say(f"resumed after step {_step(last)}")
+        say(f"resumed after step {done}")
     autocast = args.bf16 or args.fp16
     with (
         own_forward(student),
@@ -172,9 +167,7 @@ def run_stage(
     ):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not keep_last:
-        for path in _checkpoints(folder):
-            shutil.rmtree(path)
-        (folder / ASKED).unlink(missing_ok=True)
+        remove([*all_checkpoints(folder), folder / ASKED], trainer)
     return list(trainer.state.log_history)
 
 
@@ -333,39 +326,6 @@ def _predict(model: nn.Module, rows: Any, tokenizer: Any, batch_size: int) -> Ev
         for i, row in zip(picked, found, strict=True):
             logits[i] = row
     return EvalPrediction(predictions=np.stack(logits), label_ids=np.array(list(rows["labels"])))
-
-
-def last_checkpoint(folder: str | Path, *, averaged: bool = False) -> Path | None:
-    """The newest whole checkpoint in ``folder``; one cut off in the writing is passed over.
-
-    averaged: of a stage with ``ema``: without the average a checkpoint is not whole."""
-    found = reversed(_checkpoints(Path(folder)))
-    return next((path for path in found if _whole(path, averaged)), None)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    found = (path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit())
-    return sorted(found, key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name[11:])
-
-
-def _whole(checkpoint: Path, averaged: bool) -> bool:
-    """Whether every file that a resumed run reads is there to its end."""
-    if averaged and not has_average(checkpoint):
-        return False
-    pickles = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
-    random = sorted(checkpoint.glob("rng_state*.pth"))
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        with safe_open(checkpoint / "model.safetensors", "pt"):
-            pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return bool(random) and all(zipfile.is_zipfile(path) for path in [*pickles, *random])
 
 
 def use_bf16(precision: str) -> bool:

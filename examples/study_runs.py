@@ -28,11 +28,11 @@ from kronbert.distill import (
     Stage,
     search_rates,
 )
+from kronbert.distill.checkpoints import last_checkpoint
 from kronbert.distill.data import TaskData
 from kronbert.distill.finetune import (
     commonest_class,
     labels_only,
-    last_checkpoint,
     run_stage,
     states_of,
     use_bf16,

@@ -279,13 +279,14 @@ class _Pretraining:
         self.folder.step("report", "2/2 report", self._report)
 
     def _train(self) -> dict[str, Any]:
-        from .distill.finetune import last_checkpoint, run_stage
+        from .distill.checkpoints import last_checkpoint, step_of
+        from .distill.finetune import run_stage
         from .job_start import describe_teacher
 
         settings, folder = self.settings, self.folder
         run = folder.run_of("train")
         last = last_checkpoint(run)
-        done = int(last.name.rpartition("-")[2]) if last else 0
+        done = step_of(last) if last else 0
         teacher = describe_teacher(self.teacher, self.tokenizer)
         start = monotonic()
         history = run_stage(

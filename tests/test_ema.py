@@ -15,7 +15,8 @@ from transformers import (
 
 from kronbert.distill import DistillArguments, DistillTrainer, Objective, Stage, Term
 from kronbert.distill.averaging import FILE, WeightAverage, decay_at
-from kronbert.distill.finetune import labels_only, last_checkpoint, run_stage
+from kronbert.distill.checkpoints import last_checkpoint
+from kronbert.distill.finetune import labels_only, run_stage
 from kronbert.distill.trainer import DistillTrainer as Trainer
 from kronbert.errors import DistillError
 

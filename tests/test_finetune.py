@@ -15,13 +15,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import kronbert
 from kronbert.distill import Objective, Stage, Term, finetune, freed
+from kronbert.distill.checkpoints import last_checkpoint
 from kronbert.distill.data import TaskData
 from kronbert.distill.finetune import (
     answers,
     commonest_class,
     evaluate,
     labels_only,
-    last_checkpoint,
     run_stage,
     use_bf16,
 )
