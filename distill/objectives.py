@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from math import isfinite
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from math import inf
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kronbert.distill import layer_maps
+from kronbert.distill.numbers import is_number, plain
 from kronbert.distill.taps import Captured
 from kronbert.errors import DistillError, near
 
@@ -43,7 +44,7 @@ class Term:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.tap not in LOSSES:
+        if not isinstance(self.tap, str) or self.tap not in LOSSES:
             raise DistillError(
                 f"Term(tap={self.tap!r}) is not a tap. {near(str(self.tap), list(LOSSES))}"
             )
@@ -54,13 +55,13 @@ class Term:
                 f"Term(tap={self.tap!r}, loss={self.loss!r}): expected "
                 f"{' or '.join(LOSSES[self.tap])}."
             )
-        if not (
-            isinstance(self.weight, (int, float)) and isfinite(self.weight) and self.weight >= 0
-        ):
+        for key in ("weight", "temperature"):
+            object.__setattr__(self, key, plain(getattr(self, key)))
+        if not (is_number(self.weight) and 0 <= self.weight < inf):
             raise DistillError(
                 f"Term(tap={self.tap!r}, weight={self.weight!r}): expected a finite number >= 0."
             )
-        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < float("inf")):
+        if not (is_number(self.temperature) and 0 < self.temperature < inf):
             raise DistillError(
                 f"Term(tap={self.tap!r}, temperature={self.temperature!r}): expected a number > 0."
             )
@@ -82,9 +83,14 @@ class Objective:
     layer_map: layer_maps.LayerMap = "identity"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "terms", tuple(self.terms))
-        if not isinstance(self.layer_map, str):
-            object.__setattr__(self, "layer_map", tuple(self.layer_map))
+        for key, what in (("terms", "Terms"), ("layer_map", "a name or layers of the teacher")):
+            value = getattr(self, key)
+            if not isinstance(value, Iterable):
+                raise DistillError(f"Objective({key}={value!r}): expected {what}.")
+            if not isinstance(value, str):
+                object.__setattr__(self, key, tuple(map(plain, value)))
+        if not all(isinstance(term, Term) for term in self.terms):
+            raise DistillError(f"Objective(terms={self.terms!r}): expected Terms.")
         layer_maps.check(self.layer_map)
         kinds = [(t.tap, t.loss) for t in self.terms]
         for kind in kinds:
@@ -136,9 +142,7 @@ class Objective:
     def from_dict(cls, data: Mapping[str, Any]) -> Objective:
         """The inverse of `to_dict`; unknown keys are refused."""
         given = dict(known_keys(cls, data))
-        terms = [known_keys(Term, term) for term in given.pop("terms", ())]
-        if not all("tap" in term for term in terms):
-            raise DistillError(f"Term: needs tap, one of {', '.join(LOSSES)}.")
+        terms = [known_keys(Term, term) for term in given.pop("terms")]
         return cls(terms=tuple(Term(**term) for term in terms), **given)
 
 
@@ -147,10 +151,16 @@ Data = TypeVar("Data", bound=Mapping[str, Any])
 
 def known_keys(cls: Any, data: Data) -> Data:
     """``data``, once every key is a field of the dataclass ``cls``."""
+    if not isinstance(data, Mapping):
+        raise DistillError(f"{cls.__name__}: {data!r}: expected the dictionary that to_dict gives.")
     known = [f.name for f in fields(cls)]
     for key in data:
         if key not in known:
             raise DistillError(f"{cls.__name__}: unknown key {key!r}. {near(str(key), known)}")
+    free = (MISSING, MISSING)
+    needed = [f.name for f in fields(cls) if (f.default, f.default_factory) == free]
+    if missing := [name for name in needed if name not in data]:
+        raise DistillError(f"{cls.__name__}: needs {', '.join(missing)}, too.")
     return data
 
 

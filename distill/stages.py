@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kronbert.distill.numbers import is_number, plain
 from kronbert.distill.objectives import Objective, known_keys
 from kronbert.distill.pieces import check_pieces
 from kronbert.errors import DistillError
@@ -61,11 +63,13 @@ class Stage:
     cache_teacher: bool = False
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
+        if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise DistillError(f"Stage(name={self.name!r}): expected a name that can be a folder.")
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for key in ("learning_rate", "epochs", "max_grad_norm"):
             value = getattr(self, key)
-            if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            if not (is_number(value) and 0 < value < inf):
                 raise DistillError(f"Stage({self.name!r}, {key}={value!r}): expected a number > 0.")
         for key in ("batch_size", "max_length"):
             value = getattr(self, key)
@@ -73,16 +77,28 @@ class Stage:
                 raise DistillError(
                     f"Stage({self.name!r}, {key}={value!r}): expected a whole number >= 1."
                 )
-        if not 0 <= self.warmup_ratio < 1:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise DistillError(
+                f"Stage({self.name!r}, seed={self.seed!r}): expected a whole number in [0, 2**32)."
+            )
+        if not (is_number(self.warmup_ratio) and 0 <= self.warmup_ratio < 1):
             raise DistillError(
                 f"Stage({self.name!r}, warmup_ratio={self.warmup_ratio!r}): expected a share of "
                 "the steps in [0, 1)."
             )
-        if not self.weight_decay >= 0:
+        if not (is_number(self.weight_decay) and 0 <= self.weight_decay < inf):
             raise DistillError(
                 f"Stage({self.name!r}, weight_decay={self.weight_decay!r}): expected >= 0."
             )
-        object.__setattr__(self, "pieces", tuple(self.pieces))
+        kinds = {"objective": Objective, "scheduler": str, "pieces": Iterable,
+                 "cache_teacher": bool}  # fmt: skip
+        for key, kind in kinds.items():
+            if not isinstance(getattr(self, key), kind):
+                raise DistillError(
+                    f"Stage({self.name!r}, {key}={getattr(self, key)!r}): expected "
+                    f"{'lengths' if key == 'pieces' else kind.__name__}."
+                )
+        object.__setattr__(self, "pieces", tuple(map(plain, self.pieces)))
         check_pieces(f"Stage({self.name!r})", self.pieces, self.max_length)
         check_switches(f"Stage({self.name!r})", self)
         if self.cache_teacher and self.pieces:
@@ -107,12 +123,7 @@ class Stage:
     def from_dict(cls, data: Mapping[str, Any]) -> Stage:
         """The inverse of `to_dict`; unknown keys are refused."""
         given = dict(known_keys(cls, data))
-        try:
-            return cls(**given | {"objective": Objective.from_dict(given["objective"])})
-        except (KeyError, TypeError) as error:
-            raise DistillError(
-                f"Stage: needs name, objective, learning_rate and epochs: {error}."
-            ) from error
+        return cls(**given | {"objective": Objective.from_dict(given["objective"])})
 
     def to_json(self) -> str:
         """`to_dict` as text."""
@@ -121,7 +132,12 @@ class Stage:
     @classmethod
     def from_json(cls, text: str) -> Stage:
         """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise DistillError(
+                f"Stage.from_json: no JSON ({error}). Give what to_json gives."
+            ) from error
 
     def to_arguments(self, output_dir: str | Path, **overrides: Any) -> DistillArguments:
         """The stage as `DistillArguments`; overrides are its fields and win.
@@ -172,12 +188,12 @@ class Stage:
 def check_switches(where: str, told: Stage | DistillArguments) -> None:
     """Raise `DistillError` if a switch of a stage, or of its arguments, has no meaning."""
     ema = told.ema
-    if ema is not None and not (isinstance(ema, (int, float)) and 0 < ema < 1):
+    if ema is not None and not (is_number(ema) and 0 < ema < 1):
         raise DistillError(
             f"{where}: ema={ema!r}: expected a share in (0, 1), 0.999 for an average over about "
             "1,000 steps, or None."
         )
-    if told.dropout is not None and not 0 <= told.dropout < 1:
+    if told.dropout is not None and not (is_number(told.dropout) and 0 <= told.dropout < 1):
         raise DistillError(
             f"{where}: dropout={told.dropout!r}: expected a probability in [0, 1), or None for the "
             "model's own."
@@ -186,7 +202,7 @@ def check_switches(where: str, told: Stage | DistillArguments) -> None:
         rate = getattr(told, key)
         if key == "muon_rate" and rate is None:
             continue
-        if not (isinstance(rate, (int, float)) and 0 < rate < float("inf")):
+        if not (is_number(rate) and 0 < rate < inf):
             raise DistillError(
                 f"{where}: {key}={rate!r}: expected a number > 0, by which the learning rate is "
                 "multiplied."

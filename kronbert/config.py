@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -125,11 +125,12 @@ class KroneckerConfig:
             find_preset(self.preset)
             object.__setattr__(self, "preset", self.preset.lower())
         listed = isinstance(self.keep or (), Iterable) and not isinstance(self.keep, str)
-        if not listed or not all(isinstance(k, str) for k in self.keep or ()):
+        keep = tuple(self.keep or ()) if listed else ()  # read once: it may be a generator
+        if not listed or not all(isinstance(k, str) for k in keep):
             raise PlanError(
                 f"keep={self.keep!r}: expected a list of patterns. For one layer: keep=['pooler*']."
             )
-        object.__setattr__(self, "keep", tuple(self.keep or ()))
+        object.__setattr__(self, "keep", keep)
         if not isinstance(self.rules, Mapping) or not all(isinstance(n, str) for n in self.rules):
             raise PlanError(
                 f"rules={self.rules!r}: expected module names with what becomes of them, for "
@@ -216,7 +217,7 @@ def check_rank(rank: Any, where: str) -> int:
 def check_factor(factor: Any, where: str) -> float:
     """``factor`` as a float > 1, or `PlanError`."""
     number = isinstance(factor, Real) and not isinstance(factor, bool)
-    if not number or not math.isfinite(factor) or factor <= 1:
+    if not number or not 1 < factor <= sys.float_info.max:
         raise PlanError(
             f"{where}: factor={factor!r}: expected parameters before / after, a number > 1 "
             "(19 = nineteen times smaller). To leave the model dense, do not convert it."
@@ -238,5 +239,5 @@ def check_schema(data: Mapping[str, Any], known: Sequence[str], where: str) -> d
         )
     for key in data:
         if key not in (*known, "schema"):
-            raise PlanError(f"{where}: unknown key {key!r}. {near(key, tuple(known))}")
+            raise PlanError(f"{where}: unknown key {key!r}. {near(str(key), tuple(known))}")
     return {key: value for key, value in data.items() if key != "schema"}

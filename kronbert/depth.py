@@ -123,11 +123,11 @@ def _fill(copied: Any, model: Any, kept: tuple[int, ...], depth: int) -> None:
 
 
 def _kept(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
-    if isinstance(layers, int):
+    if type(layers) is int:
         return spread_layers(layers, depth)
-    kept = tuple(layers)
-    ascending = kept == tuple(sorted(set(kept)))
-    if not kept or not ascending or not all(type(x) is int and 1 <= x <= depth for x in kept):
+    kept = tuple(layers) if isinstance(layers, Sequence) else ()
+    whole = all(type(x) is int and 1 <= x <= depth for x in kept)
+    if not kept or not whole or kept != tuple(sorted(set(kept))):
         raise PlanError(
             f"fewer_layers(layers={layers!r}): expected how many, or layers from 1 to {depth} in "
             "ascending order."

@@ -141,6 +141,11 @@ class Plan:
         """A plan with the named layers replaced: name -> anything `Rule.parse` takes.
 
         The other layers stay as they are, so the factor may change. Raises as `make_plan` does."""
+        if not isinstance(changes, Mapping):
+            raise PlanError(
+                f"edit({changes!r}): expected names with what becomes of the layers, for example "
+                "{'pooler.dense': 'dense'}."
+            )
         config = replace(self.config, rules={**self.config.rules, **changes})
         known = {layer.size.name: layer for layer in self.layers}
         for name in changes:

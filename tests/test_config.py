@@ -79,6 +79,7 @@ def test_factor_is_a_number_above_one(factor):
         ({}, "nothing to convert: expected factor=, preset= or rules="),
         ({"factor": 8, "preset": "k8"}, "factor=8 and preset='k8': expected one of them"),
         ({"preset": "k9"}, "preset='k9' is unknown"),
+        ({"factor": 10**400}, "expected parameters before / after, a number > 1"),
         ({"factor": 8, "keep": "pooler*"}, "keep='pooler*': expected a list of patterns"),
         ({"factor": 8, "keep": [3]}, "keep=[3]: expected a list of patterns"),
         ({"factor": 8, "keep": ["re:("]}, "'re:(' is no regular expression"),
@@ -130,6 +131,10 @@ def test_a_name_that_matches_nothing(given, text):
         KroneckerConfig(factor=8, **given).check_names(NAMES)
 
 
+def test_keep_is_read_once():
+    assert KroneckerConfig(factor=8, keep=(name for name in ["*query"])).keep == ("*query",)
+
+
 def test_default_keep_may_match_nothing():
     KroneckerConfig(factor=8).check_names(("encoder.layer.0.query",))
 
@@ -153,6 +158,7 @@ def test_json_round_trip():
         ({"factor": 8, "schema": "1"}, "schema '1': expected a whole number"),
         ({"factor": 8, "keep": "pooler"}, "keep='pooler': expected a list of patterns"),
         ([8], "[8]: expected the dictionary that to_json gives"),
+        ({"factor": 8, 1: 2}, "KroneckerConfig: unknown key 1. Known: "),
     ],
 )
 def test_json_that_is_refused(data, text):

@@ -315,3 +315,10 @@ def test_the_head_of_a_wrapped_model_is_kept():
     for one in (model, torch.nn.Sequential(model)):
         converted = kronbert.plan(one, factor=2, errors=False).converted
         assert not any(layer.size.name.endswith("score") for layer in converted)
+
+
+@pytest.mark.parametrize("changes", [["bert.pooler.dense"], None])
+def test_edit_wants_names_with_what_becomes_of_them(changes):
+    plan = kronbert.plan(classifier(), factor=3)
+    with pytest.raises(PlanError, match="expected names with what becomes of the layers"):
+        plan.edit(changes)

@@ -78,7 +78,7 @@ def test_what_has_no_fewer_layers():
     for layers in (0, 4):
         with pytest.raises(PlanError, match=rf"layers={layers}: expected 1 to 3"):
             kronbert.fewer_layers(model, layers)
-    for layers in ((), (2, 1), (1, 1), (0, 2), (1, 4), (1.0, 2), "12"):
+    for layers in ((), (2, 1), (1, 1), (0, 2), (1, 4), (1.0, 2), "12", 1.5, None, True):
         with pytest.raises(PlanError, match="layers from 1 to 3 in ascending order"):
             kronbert.fewer_layers(model, layers)
     with pytest.raises(PlanError, match="Of a wrapper give the model inside"):

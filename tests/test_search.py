@@ -110,6 +110,17 @@ def test_layers_of_one_size_share_their_shapes(plans):
     assert all(len(found) == 1 for found in shapes.values())
 
 
+@pytest.mark.parametrize("factor", [1.02, 1.05])
+def test_a_factor_near_one_takes_no_more_of_the_positions(factor):
+    """They are a fifth of this model, and a third of their ranks was all that it kept."""
+    many = BertConfig(
+        hidden_size=256, intermediate_size=1024, vocab_size=8000, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=2048,
+    )  # fmt: skip
+    plan = make_plan(inventory(many), KroneckerConfig(factor=factor))
+    assert factor <= plan.factor <= 1.03 * factor
+
+
 @pytest.mark.parametrize("factor", [1.05, 1.5, 3.3, 26.7, 47.0])
 def test_factors_in_between(sizes, factor):
     assert (

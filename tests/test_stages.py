@@ -1,7 +1,9 @@
 """Stages and recipes as data, and what becomes of them as training arguments."""
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 
 from kronbert.distill import Objective, Recipe, Stage, Term, recipes
@@ -10,6 +12,11 @@ from kronbert.distill.recipes.kroneckerbert import kroneckerbert
 from kronbert.errors import DistillError
 
 OBJECTIVE = Objective(terms=(Term(tap="ffn"), Term(tap="logits", loss="kl", temperature=3.0)))
+
+
+def anything(value: Any) -> Any:
+    """For what type checkers know to be wrong."""
+    return value
 
 
 def a_stage(**changes):
@@ -25,6 +32,21 @@ def test_pieces_of_text_have_no_cached_teacher():
 def test_stage_survives_json():
     stage = a_stage(batch_size=48, scheduler="cosine", warmup_ratio=0.0)
     assert Stage.from_json(stage.to_json()) == stage
+
+
+def test_numbers_of_numpy_are_numbers():
+    term = Term(tap="ffn", weight=np.float32(0.5))
+    stage = a_stage(
+        objective=Objective(terms=(term,), layer_map=np.array([1, 2])),
+        seed=np.int64(3),
+        warmup_ratio=np.float32(0.25),
+        pieces=np.array([32, 128]),
+        muon_rate=np.float64(20),
+    )
+    again = Stage.from_json(stage.to_json())
+    assert again == stage
+    assert (again.seed, again.warmup_ratio, again.pieces) == (3, 0.25, (32, 128))
+    assert again.objective.layer_map == (1, 2)
 
 
 def test_to_arguments(tmp_path, monkeypatch):
@@ -68,7 +90,34 @@ def test_batch_size_is_shared_among_processes(tmp_path, monkeypatch):
         (lambda: a_stage(name="a/b"), "expected a name that can be a folder"),
         (lambda: a_stage(name=""), "expected a name that can be a folder"),
         (lambda: Stage.from_dict({"lr": 1}), "unknown key 'lr'"),
-        (lambda: Stage.from_dict({"name": "x"}), "needs name, objective, learning_rate and epochs"),
+        (lambda: Stage.from_dict({"name": "x"}), "needs objective, learning_rate, epochs, too"),
+        (lambda: Stage.from_dict(anything(None)), "Stage: None: expected the dictionary"),
+        (lambda: Stage.from_json("rate 1"), "Stage.from_json: no JSON"),
+        (lambda: Recipe.from_dict({"stages": []}), "Recipe: needs name, paper, too"),
+        (lambda: a_stage(weight_decay=float("inf")), "weight_decay=inf.: expected >= 0"),
+        (lambda: a_stage(weight_decay="1"), "weight_decay='1'.: expected >= 0"),
+        (lambda: a_stage(warmup_ratio=None), "warmup_ratio=None.: expected a share"),
+        (lambda: a_stage(learning_rate=True), "learning_rate=True.: expected a number"),
+        (lambda: a_stage(dropout="0.1"), "dropout='0.1': expected a probability"),
+        (lambda: a_stage(ema=True), "ema=True: expected a share"),
+        (lambda: a_stage(seed=None), "seed=None.: expected a whole number"),
+        (lambda: a_stage(seed=-1), "seed=-1.: expected a whole number"),
+        (lambda: a_stage(scheduler=3), "scheduler=3.: expected str"),
+        (lambda: a_stage(cache_teacher=1), "cache_teacher=1.: expected bool"),
+        (lambda: a_stage(pieces=16), "pieces=16.: expected lengths"),
+        (lambda: a_stage(objective=None), "objective=None.: expected Objective"),
+        (lambda: a_stage(name=1), "expected a name that can be a folder"),
+        (lambda: Objective(terms=anything(None)), "terms=None.: expected Terms"),
+        (lambda: Objective(terms=anything(("ffn",))), "expected Terms"),
+        (lambda: Objective(terms=(), layer_map=anything(None)), "layer_map=None.: expected a name"),
+        (lambda: Term(tap=anything(["ffn"])), "is not a tap"),
+        (lambda: Term(tap="ffn", weight=True), "weight=True.: expected a finite number"),
+        (lambda: recipes.get(anything(None)), "recipe None is not known"),
+        (lambda: kronbert().stage(anything(3)), "has no stage 3"),
+        (
+            lambda: Recipe(name="a", paper="b", stages=(a_stage(),), tokens_wanted=anything("1")),
+            "tokens_wanted='1'.: expected a whole",
+        ),
         (lambda: a_stage().to_arguments("x", learning_rat=1), "learning_rat"),
         (lambda: a_stage(pieces=(8,)).to_arguments("x"), r"pieces=\(8,\).: .*run_stage"),
     ],

@@ -26,6 +26,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
+        if type(self.tokens_wanted) is not int or self.tokens_wanted < 0:
+            raise DistillError(
+                f"Recipe({self.name!r}, tokens_wanted={self.tokens_wanted!r}): expected a whole "
+                "number >= 0."
+            )
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise DistillError(
@@ -37,7 +42,7 @@ class Recipe:
         stages = {stage.name: stage for stage in self.stages}
         if name not in stages:
             raise DistillError(
-                f"Recipe({self.name!r}) has no stage {name!r}. {near(name, list(stages))}"
+                f"Recipe({self.name!r}) has no stage {name!r}. {near(str(name), list(stages))}"
             )
         return stages[name]
 
@@ -55,7 +60,7 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`; unknown keys are refused."""
         given = dict(known_keys(cls, data))
-        return cls(**given | {"stages": tuple(Stage.from_dict(s) for s in given.get("stages", ()))})
+        return cls(**given | {"stages": tuple(Stage.from_dict(s) for s in given["stages"])})
 
 
 def names() -> tuple[str, ...]:
@@ -71,7 +76,7 @@ def get(name: str) -> Recipe:
     from kronbert.distill.recipes.kroneckerbert import kroneckerbert
 
     if name not in names():
-        raise DistillError(f"recipe {name!r} is not known. {near(name, names())}")
+        raise DistillError(f"recipe {name!r} is not known. {near(str(name), names())}")
     if name == "kronbert":
         return kronbert()
     return kroneckerbert(name.removeprefix("kroneckerbert-"))
