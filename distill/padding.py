@@ -13,8 +13,8 @@ class FewLengths:
     Rows of 1 to 128 tokens make batches of 128 lengths. On a CPU every one of them leaves gaps of
     other sizes in freed memory, and has oneDNN prepare its bf16 products anew: after 150 steps of
     32 rows of 35 to 128 tokens a student of MiniLM holds 2.5 GB instead of 3.9 by few, at the same
-    speed (bf16, one thread of an AMD EPYC). Late in STS-B's stage malloc had 19 % of the time,
-    and 9 by few."""
+    speed (bf16, one thread of an AMD EPYC). Late in a run on STS-B glibc had
+    19 % of the time, in one by few lengths, of another student, 9 (perf)."""
 
     def __init__(self, tokenizer: Any, longest: int) -> None:
         self.tokenizer, self.longest = tokenizer, longest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def _fill(copied: Any, model: Any, kept: tuple[int, ...], depth: int) -> None:
 def _kept(layers: int | Sequence[int], depth: int) -> tuple[int, ...]:
     if type(layers) is int:
         return spread_layers(layers, depth)
-    kept = tuple(layers) if isinstance(layers, Sequence) else ()
+    kept = tuple(layers) if isinstance(layers, Iterable) else ()
     whole = all(type(x) is int and 1 <= x <= depth for x in kept)
     if not kept or not whole or kept != tuple(sorted(set(kept))):
         raise PlanError(

@@ -3,10 +3,7 @@
 import copy
 import importlib.util
 import io
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 import kronbert
 from kronbert import KroneckerEmbedding, KroneckerLinear, KroneckerLMHead, KroneckerShape
+from tests.processes import run_two
 
 SMALL = {
     "vocab_size": 384,
@@ -217,21 +215,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     ids = torch.randint(384, (4, 11))
     torch.save(model, tmp_path / "model.pt")
     torch.save(ids, tmp_path / "ids.pt")
-    (tmp_path / "worker.py").write_text(WORKER)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "worker.py", str(tmp_path), str(rank)],
-            cwd=tmp_path,
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, log = worker.communicate(timeout=120)
-        assert worker.returncode == 0, log
+    run_two(WORKER, tmp_path, [tmp_path])
     expected = gradients(model, ids)
     for rank in range(2):
         found = torch.load(tmp_path / f"found{rank}.pt")

@@ -1,13 +1,12 @@
 """One stage in two processes: one of them removes what is left, and both end alike."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
+
+from tests.processes import run_two
 
 WORKER = """
 import json, shutil, sys
@@ -40,32 +39,13 @@ torch.distributed.destroy_process_group()
 def test_one_of_two_processes_removes_the_checkpoints(tiny_bert, tiny_task, tmp_path):
     cut_off = tmp_path / "run" / "checkpoint-7"
     cut_off.mkdir(parents=True)
-    (tmp_path / "worker.py").write_text(WORKER)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    given = [str(path) for path in (tiny_bert, tiny_task, tmp_path)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "worker.py", *given, str(rank)],
-            cwd=tmp_path,
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, log = worker.communicate(timeout=120)
-        assert worker.returncode == 0, log
+    run_two(
+        WORKER, tmp_path, [tiny_bert, tiny_task, tmp_path], MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), WORLD_SIZE="2", ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
     removed = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert removed == [["checkpoint-7", "checkpoint-2", "checkpoint-4"], []]
     assert not any((tmp_path / "run").glob("checkpoint-*"))

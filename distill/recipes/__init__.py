@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kronbert.distill.numbers import plain
 from kronbert.distill.objectives import known_keys
 from kronbert.distill.stages import Stage
 from kronbert.errors import DistillError, near
@@ -26,6 +27,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "tokens_wanted", plain(self.tokens_wanted))
         if type(self.tokens_wanted) is not int or self.tokens_wanted < 0:
             raise DistillError(
                 f"Recipe({self.name!r}, tokens_wanted={self.tokens_wanted!r}): expected a whole "
