@@ -51,6 +51,13 @@ CURVE_ROWS = 2000
 """Rows of the dev set in each of these evaluations, at most: MiniLM took 192 s for MNLI's 9,815 on
 one core of an AMD EPYC, beside other work, and would take them ten times. `evaluate` takes all."""
 
+WATCHING = (
+    *("eval_", "per_device_eval_", "log_", "logging_", "save_", "report_to", "run_name"),
+    *("disable_tqdm", "dataloader_", "gradient_checkpointing", "torch_compile", "use_cpu"),
+)
+"""Beginnings of arguments that may be others when a stage goes on: how it is watched, and with what
+it computes the same."""
+
 CACHE = "teacher-outputs"
 """The folder of `teacher_cache`, beside that of a run."""
 
@@ -76,11 +83,12 @@ def run_stage(
     data: a tokenised `TaskData`, scored as it goes on ``CURVE_ROWS`` of its first dev set, or a
     `Dataset` of packed text. folder: holds the checkpoints; the newest whole one found there is
     resumed, to the same weights as without the interruption; one of another stage, teacher, rows,
-    precision or student (its structure, not its weights) is refused. keep_last: leave the last one
-    for a caller who has yet to save the result, and removes the folder then. teacher: None when the
-    objective needs none. held_out: packed text that is not trained on; the objective's losses on it
-    are logged as `held_out.HeldOut` says. cache: the folder of a stage with ``cache_teacher``, by
-    default ``teacher-outputs`` beside ``folder``. precision: see `use_bf16`. arguments: more of
+    precision, student (its structure, not its weights) or ``arguments``, but for those of
+    `WATCHING`, is refused. keep_last: leave the last one for a caller who has yet to save the
+    result, and removes the folder then. teacher: None when the objective needs none. held_out:
+    packed text that is not trained on; the objective's losses on it are logged as
+    `held_out.HeldOut` says. cache: the folder of a stage with ``cache_teacher``, by default
+    ``teacher-outputs`` beside ``folder``. precision: see `use_bf16`. arguments: more of
     `DistillArguments`. Raises `DistillError`."""
     folder = Path(folder)
     last = last_checkpoint(folder, averaged=stage.ema is not None)
@@ -118,6 +126,8 @@ def run_stage(
         "student": structure_digest(student),
         "precision": "bf16" if args.bf16 else "fp32",
     }
+    if more := {k: str(v) for k, v in arguments.items() if not k.startswith(WATCHING)}:
+        asked["arguments"] = more
     states: States | None = None
     if stage.cache_teacher:
         check_pair(student, teacher, stage.objective, tokenizer)  # before the long computation

@@ -366,6 +366,9 @@ def test_another_stages_checkpoints_are_not_gone_on_from(tiny_bert, rows, tokeni
     student = kronbert.convert(model_of(tiny_bert), rules={"re:.*query": {"rank": 2}})
     with pytest.raises(DistillError, match=r"of another stage \(other student\)"):
         run_stage(student, None, STAGE, rows, run, **given)
+    with pytest.raises(DistillError, match=r"of another stage \(other arguments\)"):
+        run_stage(model_of(tiny_bert), None, STAGE, rows, run, **given, max_steps=3)
+    run_stage(model_of(tiny_bert), None, STAGE, rows, run, **given, logging_steps=1)
     (run / "asked.json").unlink()  # as before they were noted
     run_stage(model_of(tiny_bert), None, STAGE, rows, run, **given)
     shutil.rmtree(run)
