@@ -193,8 +193,14 @@ class Plan:
         known = ("model_type", "dense_parameters", "config", "layers")
         data = check_schema(data, known, "Plan")
         _need(data, {"dense_parameters": int, "config": Mapping, "layers": Sequence}, "Plan")
+        _may(data, {"model_type": str}, "Plan")
         layers = tuple(_layer_from_json(row) for row in data["layers"])
         check_rows(layers)
+        if data["dense_parameters"] < (least := sum(layer.size.weights for layer in layers)):
+            raise PlanError(
+                f"Plan: dense_parameters {data['dense_parameters']}: expected at least {least}, "
+                "those of its layers' weights. Write the file with to_json."
+            )
         return cls(
             layers=layers,
             dense_parameters=data["dense_parameters"],
@@ -335,8 +341,7 @@ def _layer_from_json(row: Mapping[str, Any]) -> PlannedLayer:
     for key, choices in (("kind", get_args(Kind)), ("group", get_args(Group))):
         if row[key] not in choices:
             raise PlanError(f"{where}: {key} {row[key]!r}: expected one of {', '.join(choices)}.")
-    if not isinstance(row.get("error"), int | float | None):
-        raise PlanError(f"{where}: error {row['error']!r}: expected a number or null.")
+    _may(row, {"tied_to": str, "dense_because": str, "counted": bool, "error": float}, where)
     size = LayerSize(**{key: row[key] for key in sizes if key in row})
     groups = checked(size, parse_groups(row["groups"]) if row["groups"] else ())
     return PlannedLayer(size=size, groups=groups, error=row.get("error"))
@@ -349,10 +354,34 @@ def check_rows(layers: Iterable[PlannedLayer]) -> None:
         raise PlanError(f"{twice[0]!r}: the plan has two rows for it, expected one. Remove one.")
 
 
+_SAID = {int: "a whole number > 0", float: "a number", str: "text", bool: "true or false"}
+_NULL = ("tied_to", "dense_because", "error")
+
+
 def _need(data: Mapping[str, Any], types: Mapping[str, type], where: str) -> None:
     for key, wanted in types.items():
         if key not in data:
             raise PlanError(f"{where}: key {key!r} is missing. Write the file with to_json.")
-        if not isinstance(data[key], wanted) or (wanted is int and data[key] < 1):
-            expected = {int: "a whole number > 0", str: "text"}.get(wanted, "what to_json writes")
-            raise PlanError(f"{where}: {key} {data[key]!r}: expected {expected}.")
+        if not _is(data[key], wanted):
+            said = _SAID.get(wanted, "what to_json writes")
+            raise PlanError(f"{where}: {key} {data[key]!r}: expected {said}.")
+
+
+def _may(data: Mapping[str, Any], types: Mapping[str, type], where: str) -> None:
+    """As `_need`, of keys that may be missing, some of them null."""
+    for key, wanted in types.items():
+        null = key in _NULL
+        if key in data and not (_is(data[key], wanted) or (null and data[key] is None)):
+            said = _SAID[wanted] + " or null" * null
+            raise PlanError(f"{where}: {key} {data[key]!r}: expected {said}.")
+
+
+def _is(value: Any, wanted: type) -> bool:
+    """JSON's types: true is no number, 2 is one with or without a point; sizes are above 0."""
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    if wanted is float:
+        return isinstance(value, int | float)
+    if wanted is int:
+        return isinstance(value, int) and value > 0
+    return isinstance(value, wanted)
