@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import inf
+from numbers import Integral, Real
 from typing import Any
 
 from .config import check_factor
@@ -17,6 +19,38 @@ def text_for_paths(settings: Any) -> None:
         value = getattr(settings, field.name)
         if isinstance(value, os.PathLike):
             object.__setattr__(settings, field.name, os.fspath(value))
+
+
+_RATES = (
+    *("epochs", "learning_rate", "stage1_epochs", "stage1_learning_rate"),
+    *("teacher_epochs", "teacher_learning_rate"),
+)
+_WHOLE = {
+    **dict.fromkeys(("batch_size", "max_length", "limit", "words", "stage1_words"), 1),
+    **dict.fromkeys(("valid_blocks", "layers"), 1),
+    **dict.fromkeys(("splice", "augment", "seed"), 0),
+}
+_MOST = {"seed": 2**32 - 1}
+"""Settings that are whole numbers: the least and the most that each can be."""
+
+
+def check_numbers(settings: Any, command: str) -> None:
+    """Raise `PlanError` for a seed, a rate or a count that no training can have; whole numbers of
+    other libraries become Python's, which JSON knows."""
+    for field in fields(settings):
+        key, value = field.name, getattr(settings, field.name)
+        if value is None or key not in (*_RATES, *_WHOLE):
+            continue
+        known = isinstance(value, Real) and not isinstance(value, bool)
+        if key in _RATES:
+            if not (known and 0 < value < inf):
+                raise PlanError(f"{command}({key}={value!r}): expected a number > 0.")
+            continue
+        least, most = _WHOLE[key], _MOST.get(key, inf)
+        if not (known and isinstance(value, Integral) and least <= int(value) <= most):
+            expected = f"{least} or more" if most == inf else f"{least} to {most}"
+            raise PlanError(f"{command}({key}={value!r}): expected {expected}.")
+        object.__setattr__(settings, key, int(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +107,7 @@ class CompressSettings:
 
     def __post_init__(self) -> None:
         text_for_paths(self)
+        check_numbers(self, "compress")
         if (self.factor is None) == (self.preset is None):
             raise PlanError("compress: expected factor= or preset=, one of them. Try --factor 8.")
         if self.factor is not None:
@@ -86,9 +121,6 @@ class CompressSettings:
                 "compress: student= and stage1_text=: a student has learnt general text already. "
                 "Give one of the two."
             )
-        for key in ("splice", "augment"):
-            if (getattr(self, key) or 0) < 0:
-                raise PlanError(f"compress({key}={getattr(self, key)}): expected 0 or more.")
         if not 0 <= (self.reword or 0) < 1:
             raise PlanError(f"compress(reword={self.reword}): expected 0 or more, below 1.")
         if self.reword and self.splice == 0:
@@ -100,8 +132,6 @@ class CompressSettings:
                 "from which KroneckerBERT's recipe, that of preset=, cannot learn. Give factor= "
                 "instead."
             )
-        if not 0 <= self.seed < 2**32:
-            raise PlanError(f"compress(seed={self.seed}): expected 0 to 4294967295.")
         if self.text_columns is not None:
             object.__setattr__(self, "text_columns", tuple(self.text_columns))
 

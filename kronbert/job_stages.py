@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import DataError, DistillError
+from .errors import DataError
 from .job_depth import at_depth
 from .job_models import masked_lm_saved
 from .job_rows import tokens_in
@@ -48,10 +48,6 @@ class Schedule:
         length = settings.max_length
         if length is None:
             length = min(task.max_length, most)
-        for key in ("epochs", "learning_rate"):
-            value = getattr(settings, key)
-            if value is not None and not value > 0:
-                raise DistillError(f"compress({key}={value!r}): expected a number > 0.")
         masked = has_masked_lm(config, tokenizer) and masked_lm_saved(settings.model)
         # A folder may be named like one of GLUE's tasks, and hold a part of one.
         name = task.name if task.hub else None

@@ -25,7 +25,7 @@ from .job_models import (
     open_tokenizer,
     quiet,
 )
-from .job_settings import text_for_paths
+from .job_settings import check_numbers, text_for_paths
 from .sentence_files import copy_pooling
 from .shipped import find_shipped
 from .student_card import student_card, student_report
@@ -83,14 +83,13 @@ class PretrainSettings:
 
     def __post_init__(self) -> None:
         text_for_paths(self)
+        check_numbers(self, "pretrain-student")
         if self.factor is not None and self.preset is not None:
             raise PlanError("pretrain-student: factor= and preset=: expected one of them.")
         if self.optimizer not in ("adamw", "muon"):
             raise DistillError(
                 f"pretrain-student: optimizer={self.optimizer!r}: expected 'adamw' or 'muon'."
             )
-        if not 0 <= self.seed < 2**32:
-            raise PlanError(f"pretrain-student: seed={self.seed}: expected 0 to 4294967295.")
         shapes = self.factor or self.preset or self.rules
         if self.student is not None and (shapes or self.layers is not None):
             raise PlanError(

@@ -1,11 +1,13 @@
 """The main job refuses before it trains: models, tasks, stages and folders that cannot be."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -142,10 +144,15 @@ def test_data_that_do_not_fit(refuse, tiny_task, tmp_path):
 def test_stages_that_cannot_be(refuse, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the film\n")
-    refuse(DistillError, "epochs=-1", epochs=-1)
-    refuse(DistillError, "learning_rate=0", teacher_learning_rate=0.0)
+    refuse(PlanError, r"compress\(epochs=-1\): expected a number > 0", epochs=-1)
+    refuse(PlanError, r"compress\(epochs='3'\): expected a number > 0", epochs="3")
+    refuse(PlanError, r"learning_rate=inf\): expected a number > 0", learning_rate=math.inf)
+    refuse(PlanError, "teacher_learning_rate=0.0", teacher_learning_rate=0.0)
+    refuse(PlanError, r"batch_size=0\): expected 1 or more", batch_size=0)
+    refuse(PlanError, r"max_length=8.5\): expected 1 or more", max_length=8.5)
+    refuse(PlanError, r"augment=True\): expected 0 or more", augment=True)
     refuse(DistillError, "precision='fp8'", precision="fp8")
-    refuse(DistillError, "epochs=0", stage1_text=str(text), stage1_epochs=0)
+    refuse(PlanError, "stage1_epochs=0", stage1_text=str(text), stage1_epochs=0)
     refuse(DataError, "no such file", stage1_text=str(tmp_path / "none.txt"))
     refuse(DataError, "do not fill one block", stage1_text=str(text))
 
@@ -281,11 +288,17 @@ def test_a_discriminator_has_no_masked_lm_head(tiny_bert):
         assert has_masked_lm(BertConfig(architectures=[name]), tokenizer) is expected
 
 
+def test_whole_numbers_of_numpy_are_python_s(tmp_path):
+    given = {"seed": np.int64(7), "batch_size": np.int32(8), "epochs": np.float64(2)}
+    settings = CompressSettings(model="m", task="t", output=str(tmp_path), factor=8, **given)
+    assert json.loads(json.dumps(asdict(settings)))["seed"] == 7
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_that_numpy_would_not_take(seed, tmp_path):
     with pytest.raises(PlanError, match=rf"compress\(seed={seed}\): expected 0 to 4294967295"):
         CompressSettings(model="m", task="t", output=str(tmp_path), factor=8, seed=seed)
-    with pytest.raises(PlanError, match=rf"pretrain-student: seed={seed}: expected 0 to"):
+    with pytest.raises(PlanError, match=rf"pretrain-student\(seed={seed}\): expected 0 to"):
         PretrainSettings(model="m", text="t", output=str(tmp_path), factor=8, seed=seed)
 
 

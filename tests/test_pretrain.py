@@ -412,8 +412,8 @@ def test_what_does_not_go_together(masked, tiny_bert, finished, texts, tmp_path)
         pretrain_student(settings_for(tiny_bert, texts, tmp_path / "a", mlm=True))
     with pytest.raises(DataError, match="takes 64 tokens at most"):
         pretrain_student(settings_for(tiny_bert, texts, tmp_path / "b", max_length=65))
-    with pytest.raises(DataError, match=r"sample_rows\(limit=0"):
-        pretrain_student(settings_for(tiny_bert, texts, tmp_path / "c", valid_blocks=0))
+    with pytest.raises(PlanError, match=r"pretrain-student\(valid_blocks=0\): expected 1 or more"):
+        settings_for(tiny_bert, texts, tmp_path, valid_blocks=0)
     student = str(finished[0] / "student")
     with pytest.raises(DistillError, match="a BertModel, but its teacher would be a BertForMasked"):
         pretrain_student(settings_for(masked, texts, tmp_path / "d", student=student, factor=None))
