@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -373,8 +374,12 @@ def test_a_class_that_transformers_does_not_have(folder):
 
 def test_what_load_takes_of_from_pretrained(saved):
     student, folder = saved
-    other = kronbert.load(folder, num_labels=3, ignore_mismatched_sizes=True)
-    assert other.classifier.out_features == 3
+    asked = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    if Version(transformers.__version__) < Version("5.18"):  # no switch for quantised models yet
+        with pytest.raises(CheckpointError, match="Load it with the sizes"):
+            kronbert.load(folder, **asked)
+    else:
+        assert kronbert.load(folder, **asked).classifier.out_features == 3
     assert kronbert.load(folder, subfolder=None).num_parameters() == student.num_parameters()
     with pytest.raises(CheckpointError, match=r"load\(output_loading_info=...\): it raises"):
         kronbert.load(folder, output_loading_info=True)

@@ -187,6 +187,11 @@ def test_instances_with_ties_of_their_own_merge(kind, tmp_path):
         model = DebertaV2ForMaskedLM(config)
     merged = kronbert.merge(kronbert.convert(model, factor=1.5))
     assert merged.all_tied_weights_keys == model.all_tied_weights_keys
+    model.save_pretrained(tmp_path / "dense")
+    try:
+        type(model).from_pretrained(tmp_path / "dense")
+    except AttributeError:  # up to transformers 5.17: DeBERTa's new head
+        pytest.skip("transformers of this version does not load the dense model")
     merged.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     for name, value in merged.state_dict().items():
