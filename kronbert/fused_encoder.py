@@ -59,7 +59,9 @@ class FusedEmbeddings(FusedBlock):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
+        cache_length: int = 0,  # its name since transformers 5.24
     ) -> Tensor:
+        past = past_key_values_length or cache_length
         held: dict[str, Any] = self._modules
         word, layer_norm = held["word_embeddings"], held["LayerNorm"]
         position, kind = held["position_embeddings"], held["token_type_embeddings"]
@@ -69,15 +71,9 @@ class FusedEmbeddings(FusedBlock):
             or self.form(self) is None
             or not self.skips(word, position, kind, layer_norm)
         ):
-            return super().forward(
-                input_ids=input_ids,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                past_key_values_length=past_key_values_length,
-            )
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past)
         if position_ids is None:
-            position_ids = self.positions(input_ids, past_key_values_length)
+            position_ids = self.positions(input_ids, past)
         if token_type_ids is None:
             token_type_ids = self.token_type_ids[:, :1]  # the buffer is all zeros: one for all
         x = embed_norm(
@@ -114,12 +110,14 @@ class FusedSelfAttention(FusedBlock):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,  # its name since transformers 5.24
         **kwargs: Any,
     ) -> Any:
         held: dict[str, Any] = self._modules
         maps = held["query"], held["key"], held["value"]
-        if past_key_values is not None or self.form(self) is None or not self.skips(*maps):
-            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        past = past_key_values if cache is None else cache
+        if past is not None or self.form(self) is None or not self.skips(*maps):
+            return super().forward(hidden_states, attention_mask, past, **kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
         dropout = held["dropout"].p if self.training else 0.0
         if not dropout and is_plain_sdpa(self, attend, kwargs):
