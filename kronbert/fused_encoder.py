@@ -58,10 +58,10 @@ class FusedEmbeddings(FusedBlock):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
-        cache_length: int = 0,  # its name since transformers 5.24
+        cache_length: int = 0,
+        past_key_values_length: int = 0,  # its name before transformers 5.24
     ) -> Tensor:
-        past = past_key_values_length or cache_length
+        past = cache_length or past_key_values_length
         held: dict[str, Any] = self._modules
         word, layer_norm = held["word_embeddings"], held["LayerNorm"]
         position, kind = held["position_embeddings"], held["token_type_embeddings"]
@@ -109,8 +109,8 @@ class FusedSelfAttention(FusedBlock):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        cache: Any = None,  # its name since transformers 5.24
+        cache: Any = None,
+        past_key_values: Any = None,  # its name before transformers 5.24
         **kwargs: Any,
     ) -> Any:
         held: dict[str, Any] = self._modules
